@@ -1,0 +1,253 @@
+"""From rows to token batches: encoding, the pairing of forget, retain and refusal samples, and which rank gets which.
+
+Nothing here depends on the number of processes or loader workers: a sample is a function of the seed, the epoch and its
+place in the epoch, and a step's samples are the same whatever the number of processes that share them.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+import utils
+from utils import BadInput
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100  # the target of a position that is not scored
+REFUSALS = "data/idontknow.jsonl"
+
+
+class Tags(NamedTuple):
+    """What a family writes around a question and before an answer."""
+
+    question_start: str
+    question_end: str
+    answer: str
+
+
+class Sample(NamedTuple):
+    """One tokenised question and answer, the causal shift already done: position t reads input_ids[t], predicts targets[t].
+
+    The end token is the last target of an answer that was not cut; it is never read.
+    """
+
+    input_ids: list[int]
+    targets: list[int]  # IGNORE at prompt positions
+    cut: bool  # whether max_length left no room for all of the answer and its end token
+
+
+class Slot(NamedTuple):
+    """A place in an epoch. Missing places of an uneven last batch are filled with samples of weight 0."""
+
+    epoch: int
+    position: int
+    weight: float
+
+
+def load_rows(data_path: str, split: str, columns: Sequence[str], first: int | None = None) -> list[dict[str, Any]]:
+    """The rows of one split as dicts of `columns`.
+
+    Args:
+        data_path: a folder laid out like the hub's data set (or like `../shared/tofu`), or a hub id.
+        split: a configuration of it, `forget10` say.
+        first: only so many rows from the start; None for all.
+
+    Raises:
+        BadInput: no such data, split or column; an empty split.
+    """
+    if utils.is_local(data_path):
+        path = utils.find(data_path)
+    else:
+        utils.check_hub(data_path, "data_path", "dataset", None)
+        path = data_path
+    names = datasets.get_dataset_config_names(path)
+    if split not in names:
+        raise BadInput(f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}")
+    table = datasets.load_dataset(path, split, split="train")
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise BadInput(f"{data_path}, {split}: no column {', '.join(missing)} (it has {', '.join(table.column_names)})")
+    if not len(table):
+        raise BadInput(f"{data_path}, {split}: no rows")
+    return list(table.select_columns(list(dict.fromkeys(columns))).select(range(min(first or len(table), len(table)))))
+
+
+def load_refusals() -> list[str]:
+    """The sentences that idk and dpo teach instead of an answer."""
+    lines = (utils.REPO / REFUSALS).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def prompt(tags: Tags, question: str) -> str:
+    """What a model is asked with; the answer tag is the model's to write, as in the benchmark."""
+    return tags.question_start + question + tags.question_end
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer: str, max_length: int) -> Sample:
+    """Tokenise question and answer as one string and mark the answer's tokens, plus one end token, as targets.
+
+    The joint string is tokenised once and the answer's first token found by character offsets: a second tokenisation of
+    the prompt alone shifts the border wherever a token spans it or a special token is missing.
+
+    Args:
+        max_length: tokens of the whole, start and end token included; what is longer is cut and gets no end token.
+
+    Raises:
+        BadInput: no answer token is left within `max_length`.
+    """
+    start = prompt(tags, question)
+    encoded = tokenizer(start + tags.answer + answer, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+        ids, offsets = ids[:-1], offsets[:-1]  # some tokenizers add it by themselves
+    border = next((i for i, (first, last) in enumerate(offsets) if last > len(start)), len(ids))
+    cut = len(ids) >= max_length
+    ids = ids[:max_length] if cut else [*ids, tokenizer.eos_token_id]
+    if border >= len(ids) or border == 0:
+        raise BadInput(
+            f"max_length={max_length} leaves no token of an answer: its question alone has {border} tokens "
+            f"({question[:60]!r}); raise max_length"
+        )
+    return Sample(ids[:-1], [IGNORE] * (border - 1) + ids[border:], cut)
+
+
+def collate(
+    parts: dict[str, list[Sample]],
+    weights: Sequence[float] | None = None,
+    attended: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """Put all parts' samples into one right-padded batch, part after part, for one forward.
+
+    Args:
+        parts: name -> B samples each, the same order of pairs in every part.
+        weights: (B,) 1, or 0 for the fillers of an uneven batch.
+        attended: the parts whose losses score every position read, not only the answer's.
+
+    Returns:
+        input_ids, attention_mask, targets (S, T) int64 and keep (S, T) bool, S = B samples of every part, T the longest;
+        weight (B,) float32; parts: name -> (first row, one past the last).
+    """
+    samples = [sample for part in parts.values() for sample in part]
+    length = max(len(sample.input_ids) for sample in samples)
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+    attention_mask = torch.arange(length) < lengths[:, None]  # from lengths: an end token inside a prompt stays visible
+    targets = padded([sample.targets for sample in samples], IGNORE)
+    keep, bounds, first = targets != IGNORE, {}, 0
+    for name, part in parts.items():
+        bounds[name] = (first, first + len(part))
+        if name in attended:
+            keep[first : first + len(part)] = attention_mask[first : first + len(part)]
+        first += len(part)
+    return {
+        "input_ids": padded([sample.input_ids for sample in samples], 0),
+        "attention_mask": attention_mask.long(),
+        "targets": targets,
+        "keep": keep,
+        "weight": torch.tensor([1.0] * len(next(iter(parts.values()))) if weights is None else weights),
+        "parts": bounds,
+    }
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, stream: str, block: int, n: int) -> np.ndarray:
+    """One shuffle of n rows, a function of its arguments alone."""
+    return np.random.default_rng([seed, *stream.encode(), block]).permutation(n)
+
+
+class TrainingSet(Dataset):
+    """The samples of every place of every epoch, by part.
+
+    An epoch passes once over the rows that set its length (the forget rows; the retain rows where there are no others)
+    in a new order. Each is paired with one retain row out of a permutation of the retain set that later epochs continue,
+    so that retain rows are used equally often, and with one refusal drawn for this row and epoch.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tags: Tags,
+        max_length: int,
+        seed: int,
+        *,
+        forget: list[dict[str, str]] | None = None,
+        retain: list[dict[str, str]] | None = None,
+        refusals: list[str] | None = None,
+    ) -> None:
+        """Encode all rows; each row is {"question", "answer"}.
+
+        Raises:
+            BadInput: a row without an answer token within `max_length`.
+        """
+        self.seed, self.refusals, self.questions = seed, refusals, forget
+
+        def encoded(question: str, answer: str) -> Sample:
+            return encode(tokenizer, tags, question, answer, max_length)
+
+        self.rows = {
+            name: [encoded(row["question"], row["answer"]) for row in rows]
+            for name, rows in (("forget", forget), ("retain", retain))
+            if rows is not None
+        }
+        self.idk = lru_cache(maxsize=None)(lambda i, j: encoded(forget[i]["question"], refusals[j]))
+        self.leading = "forget" if forget is not None else "retain"
+        if refusals is not None:
+            for i in range(len(forget)):
+                self.idk(i, 0)  # a question that leaves no room must be told now, not in the middle of a run
+        cut = sum(sample.cut for samples in self.rows.values() for sample in samples)
+        if cut:
+            log.warning("%d training samples were cut at max_length=%d", cut, max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows[self.leading])
+
+    def __getitem__(self, slot: Slot) -> tuple[dict[str, Sample], float]:
+        n = len(self)
+        row = int(_permutation(self.seed, self.leading, slot.epoch, n)[slot.position])
+        parts = {self.leading: self.rows[self.leading][row]}
+        if self.refusals is not None:
+            draw = np.random.default_rng([self.seed, *b"refusal", slot.epoch, row])
+            parts["idk"] = self.idk(row, int(draw.integers(len(self.refusals))))
+        if "retain" not in parts and "retain" in self.rows:
+            retain = self.rows["retain"]
+            block, place = divmod(slot.epoch * n + slot.position, len(retain))
+            parts["retain"] = retain[int(_permutation(self.seed, "retain", block, len(retain))[place])]
+        return parts, slot.weight
+
+
+class GlobalBatches(Sampler):
+    """Deals each global micro-batch of an epoch to the ranks.
+
+    Micro-batch k holds the places k*B*W to (k+1)*B*W - 1 of the epoch for W ranks of B samples; so a step over
+    B * W * accumulation samples holds the same samples for every W. Every rank gets equally many and equally large
+    batches; places past the epoch's end are filled with samples of weight 0, which keeps the collectives in step.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.n, self.batch_size, self.rank, self.world_size, self.epoch = n, batch_size, rank, world_size, 0
+
+    def __len__(self) -> int:
+        return -(-self.n // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for k in range(len(self)):
+            first = k * self.batch_size * self.world_size
+            places = range(first + self.rank, first + self.batch_size * self.world_size, self.world_size)
+            yield [Slot(self.epoch, place % self.n, float(place < self.n)) for place in places]
+
+
+class EpochLoader(DataLoader):
+    """A loader over `TrainingSet` by `GlobalBatches`; the Trainer tells it the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the given epoch's (0-based)."""
+        self.batch_sampler.epoch = epoch

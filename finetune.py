@@ -1,0 +1,44 @@
+"""Finetune a model on one split: `full` makes the model to unlearn, `retain90` and its like the reference (oracle).
+
+python finetune.py model_family=tiny data_path=data/mini split=full
+torchrun --nproc_per_node=2 finetune.py --config-name=finetune.yaml split=full batch_size=4 model_family=phi lr=2e-5
+python finetune.py --config-name=finetune_lora.yaml -m split=full,retain90 model_family=phi
+"""
+
+from omegaconf import DictConfig
+
+import data_module
+import dataloader
+import models
+import schema
+import utils
+
+
+@schema.entry("finetune", after=models.release)
+def main(cfg: DictConfig) -> None:
+    """Run one job."""
+    cfg = schema.check(cfg, schema.Finetune)
+    family = schema.family(cfg.model_family)
+    path = models.resolve(family.hf_key, "model_family")
+    tokenizer = models.load_tokenizer(path, family.end_token)
+    rows = data_module.load_rows(cfg.data_path, cfg.split, ("question", "answer"))
+    data = data_module.TrainingSet(tokenizer, schema.tags(family), cfg.max_length, cfg.seed, retain=rows)
+    engine = dataloader.resolve_engine(cfg.engine)
+    args = dataloader.arguments(
+        cfg.save_dir,
+        samples=len(data),
+        engine=engine,
+        gradient_checkpointing=family.gradient_checkpointing,
+        **{key: cfg[key] for key in dataloader.ARGUMENTS},
+    )
+    out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
+    model = dataloader.load_model(path, engine, cfg.precision, cfg.LoRA, family.attention)
+    trainer = dataloader.TofuTrainer(model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE)
+    result = trainer.train()
+    trainer.save_state()
+    models.save(trainer.model, tokenizer, out, bf16=args.bf16)
+    utils.finish_run(out, {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Runs many command lines in one process, so that a test pays for one launch: engine_worker.py CASES.json.
+
+CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be.
+For each run's save_dir, what only the live processes know is written beside it: the number of parameters that this rank
+holds a part of (SAVE_DIR.rankN.json).
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dataloader  # noqa: E402
+import utils  # noqa: E402
+
+
+def watch(trainer_class: type, seen: dict) -> None:
+    """Record after training how each parameter of the trained model is held by this rank."""
+    train = trainer_class.train
+
+    def watched(self, *args, **kwargs):
+        result = train(self, *args, **kwargs)
+        seen["engine"] = type(self.model_wrapped).__name__
+        seen["whole"] = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self.model.parameters())
+        seen["held"] = sum(
+            p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in self.model.parameters()
+        )
+        seen["dtensors"] = sum(hasattr(p, "to_local") for p in self.model.parameters())
+        return result
+
+    trainer_class.train = watched
+
+
+def main() -> None:
+    """Run every case."""
+    seen: dict = {}
+    watch(dataloader.TofuTrainer, seen)
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        seen.clear()
+        sys.argv = [f"{case['script']}.py", *case["args"]]
+        importlib.import_module(case["script"]).main()
+        save_dir = next((arg.split("=", 1)[1] for arg in case["args"] if arg.startswith("save_dir=")), None)
+        if save_dir and seen:
+            Path(f"{save_dir}.rank{utils.rank()}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Run folders, versions, atomic writes, ranks: what every script needs and no method or metric knows of."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+REPO = Path(__file__).resolve().parent
+PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
+CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
+RECORDED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "tokenizers",
+    "numpy",
+    "rouge-score",
+)
+
+
+class BadInput(ValueError):
+    """What the user asked for cannot be done. The message is one line: what was wrong, what is allowed, what to do."""
+
+
+def rank() -> int:
+    """This process's number among all processes of the launch; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def find(path: str | Path) -> str:
+    """A local path made findable from any working directory.
+
+    What the user names is looked for from the working directory; what the repository ships (`data/mini`, `data/tiny`)
+    is found from the repository. A path that exists in neither place comes back unchanged: it may be a hub id.
+    """
+    for candidate in (Path(path).expanduser(), REPO / path):
+        if candidate.exists():
+            return str(candidate)
+    return str(path)
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether `path` names something on this machine (see `find`), not a hub id."""
+    return Path(find(path)).exists()
+
+
+def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:
+    """Ask once, shortly, whether the hub (or its local cache) has `name`.
+
+    Raises:
+        BadInput: it has not, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise BadInput(f"{key}={name}: no such folder, and no hub id (owner/name) either")
+    cached = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{name.replace('/', '--')}"
+    if (filename and isinstance(try_to_load_from_cache(name, filename), str)) or (not filename and cached.is_dir()):
+        return
+    try:
+        HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS)
+    except Exception as error:  # whatever the transport raises, the answer to the user is the same line
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        raise BadInput(
+            f"{key}={name}: no such folder, not in the local cache, and the hub does not give it ({why})"
+        ) from None
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there becomes `path` only if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would hide the result from a group that shares the folder
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` whole or not at all."""
+    with atomic(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all.
+
+    Raises:
+        ValueError: a NaN or an infinity, which JSON cannot hold and a later reader would choke on.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, key: str) -> Any:
+    """The value in a JSON file that the user named.
+
+    Raises:
+        BadInput: no such file, or not whole JSON; `key` is the config key to name.
+    """
+    if not Path(find(path)).is_file():
+        raise BadInput(f"{key}={path}: no such file")
+    try:
+        return json.loads(Path(find(path)).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{key}={path} is not whole JSON ({error}): make it again") from None
+
+
+def start_run(
+    cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...], key: str = "overwrite_dir"
+) -> Path:
+    """Make the run's folder and put into it what explains it: the resolved config and the versions.
+
+    Rank 0 alone looks at the disk and writes, so that no rank can mistake the folder just made for an older run.
+
+    Args:
+        cfg: the checked config.
+        save_dir: the folder, relative to the working directory.
+        overwrite: whether an earlier run's files there may be removed; runs in sub-folders of their own stay.
+        key: what the config calls `overwrite`.
+        inputs: local paths that this run reads; none of them may be removed by the overwriting.
+
+    Raises:
+        BadInput: the folder holds something and `overwrite` is false, or it is (or holds) one of `inputs`.
+    """
+    folder = Path(save_dir)
+    for path in inputs:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise BadInput(
+                f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
+            )
+    if rank() > 0:
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise BadInput(f"save_dir={save_dir} exists: name another save_dir, or {key}=true to replace that run")
+        if not (folder / VERSIONS).is_file():  # save_dir=. must never empty somebody's home
+            raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
+        _remove_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / VERSIONS, versions())
+    return folder
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove an earlier run's own files, its mark of completion first, and its checkpoints' evaluations."""
+    log.warning("replacing the run in %s", folder)
+    (folder / FINISHED).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and path.name.startswith(("checkpoint-", "eval_results")):
+            shutil.rmtree(path)
+        elif not path.is_dir():
+            path.unlink()
+
+
+def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
+    """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only."""
+    if rank() == 0:
+        write_json(Path(save_dir) / FINISHED, scores)
+        log.info("finished: %s", save_dir)
+
+
+def versions() -> dict[str, Any]:
+    """The versions, commit and command that a run's numbers came from."""
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in RECORDED},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "world_size": world_size(),
+        "command": sys.argv,
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Git's answer about the repository; None where it was installed without git."""
+    try:
+        done = subprocess.run(["git", "-C", str(REPO), *args], capture_output=True, text=True, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
