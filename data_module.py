@@ -7,7 +7,7 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
@@ -24,16 +24,16 @@ IGNORE = -100  # the target of a position that is not scored
 REFUSALS = "data/idontknow.jsonl"
 
 
-class Tags(NamedTuple):
-    """What a family writes around a question and before an answer."""
+class Tags(Protocol):
+    """What a family writes around a question and before an answer; an entry of model_config.yaml is one."""
 
-    question_start: str
-    question_end: str
-    answer: str
+    question_start_tag: str
+    question_end_tag: str
+    answer_tag: str
 
 
 class Sample(NamedTuple):
-    """One tokenised question and answer, the causal shift already done: position t reads input_ids[t], predicts targets[t].
+    """One tokenised question and answer, the causal shift done: position t reads input_ids[t] and predicts targets[t].
 
     The end token is the last target of an answer that was not cut; it is never read.
     """
@@ -86,7 +86,7 @@ def load_refusals() -> list[str]:
 
 def prompt(tags: Tags, question: str) -> str:
     """What a model is asked with; the answer tag is the model's to write, as in the benchmark."""
-    return tags.question_start + question + tags.question_end
+    return tags.question_start_tag + question + tags.question_end_tag
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer: str, max_length: int) -> Sample:
@@ -102,7 +102,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer
         BadInput: no answer token is left within `max_length`.
     """
     start = prompt(tags, question)
-    encoded = tokenizer(start + tags.answer + answer, return_offsets_mapping=True)
+    encoded = tokenizer(start + tags.answer_tag + answer, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
         ids, offsets = ids[:-1], offsets[:-1]  # some tokenizers add it by themselves
@@ -130,7 +130,7 @@ def collate(
         attended: the parts whose losses score every position read, not only the answer's.
 
     Returns:
-        input_ids, attention_mask, targets (S, T) int64 and keep (S, T) bool, S = B samples of every part, T the longest;
+        input_ids, attention_mask, targets (S, T) int64, keep (S, T) bool; S = B samples of each part, T the longest;
         weight (B,) float32; parts: name -> (first row, one past the last).
     """
     samples = [sample for part in parts.values() for sample in part]
@@ -167,9 +167,9 @@ def _permutation(seed: int, stream: str, block: int, n: int) -> np.ndarray:
 class TrainingSet(Dataset):
     """The samples of every place of every epoch, by part.
 
-    An epoch passes once over the rows that set its length (the forget rows; the retain rows where there are no others)
-    in a new order. Each is paired with one retain row out of a permutation of the retain set that later epochs continue,
-    so that retain rows are used equally often, and with one refusal drawn for this row and epoch.
+    An epoch passes once over the rows that set its length (the forget rows; the retain rows where there are no
+    others) in a new order. Each is paired with one retain row out of a permutation of the retain set that later epochs
+    continue, so that retain rows are used equally often, and with one refusal drawn for this row and epoch.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ def needs_reference(terms: list[Term]) -> bool:
 
 
 class TofuTrainer(Trainer):
-    """A Trainer whose loss is the mean over the step's global batch, however that batch is cut into ranks and micro-batches.
+    """A Trainer whose loss is the mean over a step's global batch, however that is cut into ranks and micro-batches.
 
     Every step: local sums of terms / global counts, times the number of processes because engines average gradients.
     """
@@ -235,8 +235,8 @@ def arguments(
     per_epoch = -(-samples // step)
     if per_epoch * num_epochs < 2:
         raise BadInput(
-            f"{samples} rows in batches of {step} (batch_size * gradient_accumulation_steps * processes) for {num_epochs} "
-            "epochs make 1 optimiser step, whose learning rate is 0: take smaller batches or num_epochs=2 or more"
+            f"{samples} rows in batches of {step} (batch_size * gradient_accumulation_steps * processes) make 1 optimiser "
+            f"step in num_epochs={num_epochs}, and its learning rate is 0: take smaller batches or num_epochs=2 or more"
         )
     deepspeed = None
     if engine in ("zero2", "zero3"):

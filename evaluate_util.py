@@ -96,8 +96,8 @@ def load_retain_log(cfg: DictConfig, sets: Sequence[EvalSet]) -> dict[str, dict]
     have, want = len(retain[name].get("avg_paraphrased_loss", ())), {data.task: len(data.rows) for data in sets}
     if metrics.FORGET in want and have != want[metrics.FORGET]:
         raise BadInput(
-            f"retain_result={cfg.retain_result} has {have} rows and this forget set {want[metrics.FORGET]}: p-values need "
-            "the same rows on both sides; evaluate both with the same split and ds_size"
+            f"retain_result={cfg.retain_result} has {have} rows and this forget set {want[metrics.FORGET]}: p-values "
+            "need the same rows on both sides; evaluate both with the same split and ds_size"
         )
     return retain
 
@@ -105,12 +105,13 @@ def load_retain_log(cfg: DictConfig, sets: Sequence[EvalSet]) -> dict[str, dict]
 def _tell_how(cfg: DictConfig) -> None:
     percent = "".join(c for c in cfg.split if c.isdigit())
     retain = f"retain{100 - int(percent)}" if percent else "the retain split"
+    made = f"runs/{cfg.model_family}/{retain}"
     log.info(
         "no forget quality: retain_result is missing, the log of a model finetuned on %s alone. Two commands make it: "
-        "(1) python finetune.py model_family=%s split=%s save_dir=runs/%s/%s  (2) python evaluate_util.py model_family=%s "
-        "model_path=runs/%s/%s split=%s  and then retain_result=runs/%s/%s/eval_results/ds_size%s/%s",
-        *(retain, cfg.model_family, retain, cfg.model_family, retain, cfg.model_family, cfg.model_family, retain),
-        *(cfg.split, cfg.model_family, retain, cfg.ds_size, AGGREGATED),
+        "(1) python finetune.py model_family=%s split=%s save_dir=%s "
+        "(2) python evaluate_util.py model_family=%s model_path=%s split=%s; then retain_result=%s/eval_results/ds_size%s/%s",
+        *(retain, cfg.model_family, retain, made),
+        *(cfg.model_family, made, cfg.split, made, cfg.ds_size, AGGREGATED),
     )
 
 
@@ -293,9 +294,7 @@ def _row_of(data: EvalSet, tags: Tags, i: int, scores: dict, text: str) -> dict[
         "rougeL_recall": rouge["rougeL"].recall,
         "average_perturb_loss": averages,
         "avg_paraphrased_loss": base / base_count,
-        "truth_ratio": float(
-            np.exp(min(base / base_count - np.mean(averages), 700.0))
-        ),  # only stored: statistics use the log
+        "truth_ratio": float(np.exp(min(base / base_count - np.mean(averages), 700.0))),
         "paraphrased_loss": base,
         "perturb_loss": [total for total, _ in perturbed],
         "num_token_paraphrased": base_count,
@@ -335,7 +334,7 @@ class Evaluator:
         self._evaluate = functools.partial(
             evaluate,
             tokenizer=tokenizer,
-            tags=schema.tags(schema.family(cfg.model_family)),
+            tags=schema.family(cfg.model_family),
             sets=self.sets,
             max_length=cfg.generation.max_length,
             max_new_tokens=cfg.generation.max_new_tokens,

@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     path = models.resolve(family.hf_key, "model_family")
     tokenizer = models.load_tokenizer(path, family.end_token)
     rows = data_module.load_rows(cfg.data_path, cfg.split, ("question", "answer"))
-    data = data_module.TrainingSet(tokenizer, schema.tags(family), cfg.max_length, cfg.seed, retain=rows)
+    data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = dataloader.resolve_engine(cfg.engine)
     args = dataloader.arguments(
         cfg.save_dir,

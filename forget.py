@@ -66,7 +66,7 @@ def training_set(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, parts: lis
     columns = ("question", "answer")
     return data_module.TrainingSet(
         tokenizer,
-        schema.tags(schema.family(cfg.model_family)),
+        schema.family(cfg.model_family),
         cfg.max_length,
         cfg.seed,
         forget=data_module.load_rows(cfg.data_path, cfg.split, columns),

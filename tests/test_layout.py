@@ -40,6 +40,10 @@ def test_row_zero_is_light():
     heavy = {"transformers", "datasets", "peft", "deepspeed", "accelerate", "hydra"}
     for name in ("losses", "metrics"):
         tree = ast.parse((REPO / f"{name}.py").read_text())
-        found = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        found |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        found = {
+            alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
+        found |= {
+            node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+        }
         assert not found & heavy, f"{name}.py imports {found & heavy}"

@@ -1,0 +1,465 @@
+"""The typed configs, their checks, and the command line: what is refused is refused here, before anything is loaded."""
+
+import difflib
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
+
+import losses
+import utils
+from utils import BadInput
+
+CONFIG_DIR = utils.REPO / "config"
+ENGINES = ("auto", "ddp", "zero2", "zero3", "fsdp")
+PRECISIONS = ("auto", "fp32", "bf16")
+PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
+
+
+@dataclass
+class LoRA:
+    r: int = MISSING
+    alpha: float = MISSING
+    dropout: float = MISSING
+
+
+@dataclass
+class Run:
+    """What finetune.yaml and forget.yaml share."""
+
+    model_family: str = MISSING
+    LoRA: LoRA = field(default_factory=LoRA)
+    data_path: str = MISSING
+    split: str = MISSING
+    batch_size: int = MISSING
+    gradient_accumulation_steps: int = MISSING
+    num_epochs: int = MISSING
+    lr: float = MISSING
+    weight_decay: float = MISSING
+    max_grad_norm: float = MISSING
+    optim: str = MISSING
+    max_length: int = MISSING
+    seed: int = MISSING
+    engine: str = MISSING
+    ds_config: str | None = None
+    precision: str = MISSING
+    logging_steps: int = MISSING
+    report_to: str = MISSING
+    overwrite_dir: bool = MISSING
+    save_dir: str = MISSING
+
+
+@dataclass
+class Finetune(Run):
+    pass
+
+
+@dataclass
+class ForgetLoss:
+    name: str = MISSING
+    forget: str = MISSING
+    forget_args: dict[str, Any] = field(default_factory=dict)
+    forget_weight: float = MISSING
+    retain: str | None = None
+    retain_weight: float = MISSING
+    lr: float = MISSING
+    num_epochs: int = MISSING
+
+
+@dataclass
+class Generation:
+    max_length: int = MISSING
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class Evaluate:
+    """The lists hold one entry a set; a string stands for a list of equal ones, so their type here is Any."""
+
+    model_family: str = MISSING
+    model_path: str | None = None
+    split: str = MISSING
+    data_path: Any = MISSING
+    split_list: Any = MISSING
+    question_key: Any = MISSING
+    answer_key: Any = MISSING
+    base_answer_key: Any = MISSING
+    perturbed_answer_key: Any = MISSING
+    eval_task: Any = MISSING
+    generation: Generation = field(default_factory=Generation)
+    ds_size: int | None = None
+    batch_size: int = MISSING
+    precision: str = MISSING
+    save_generated_text: bool = MISSING
+    overwrite: bool = MISSING
+    use_pretrained: bool = MISSING
+    reinitialize_weights: bool = MISSING
+    retain_result: str | None = None
+    save_dir: str = MISSING
+
+
+PARALLEL = (
+    "data_path",
+    "split_list",
+    "question_key",
+    "answer_key",
+    "base_answer_key",
+    "perturbed_answer_key",
+    "eval_task",
+)
+
+
+@dataclass
+class Forget(Run):
+    model_path: str | None = None
+    retain_split: str | None = None
+    forget_loss: ForgetLoss = field(default_factory=ForgetLoss)
+    save_model: bool = MISSING
+    eval_while_train: bool = MISSING
+    eval_only: bool = MISSING
+    eval: Evaluate = field(default_factory=Evaluate)
+
+
+@dataclass
+class Aggregate:
+    retain_result: str = MISSING
+    ckpt_result: str = MISSING
+    method_name: str = MISSING
+    submitted_by: str = MISSING
+    save_file: str = MISSING
+
+
+@dataclass
+class Family:
+    """An entry of model_config.yaml; the keys are explained there."""
+
+    hf_key: str = MISSING
+    question_start_tag: str = MISSING
+    question_end_tag: str = MISSING
+    answer_tag: str = MISSING
+    gradient_checkpointing: bool = MISSING
+    ft_model_path: str | None = None
+    attention: str | None = None
+    end_token: str | None = None
+
+
+def check(cfg: DictConfig, kind: type) -> DictConfig:
+    """A composed config, typed as `kind`, resolved, normalised and read-only.
+
+    Raises:
+        BadInput: one line that names the key, the value and what is allowed.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
+        if missing := sorted(OmegaConf.missing_keys(typed)):
+            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
+    except OmegaConfBaseException as error:
+        raise BadInput(_one_line(error)) from None
+    checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))
+    CHECKS[kind](checked)
+    OmegaConf.set_readonly(checked, True)
+    return checked
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise BadInput unless `value` is one of `allowed`; name the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise BadInput(f"{key}={value} is unknown{hint}: it may be {', '.join(allowed)}")
+
+
+def _at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False) -> None:
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (value < least or (above and value == least)):
+            raise BadInput(f"{key}={value}: it must be {'above' if above else 'at least'} {least}")
+
+
+def _check_run(cfg: DictConfig) -> None:
+    family(cfg.model_family)
+    choice("engine", cfg.engine, ENGINES)
+    choice("precision", cfg.precision, PRECISIONS)
+    _at_least(cfg, 1, "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps")
+    _at_least(cfg, 2, "max_length")
+    _at_least(cfg, 0, "lr", "LoRA.alpha", above=True)
+    _at_least(cfg, 0, "weight_decay", "max_grad_norm", "LoRA.r", "LoRA.dropout")
+    if cfg.LoRA.dropout >= 1:
+        raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
+    if cfg.engine == "fsdp" and utils.world_size() < 2:
+        raise BadInput(
+            "engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
+        )
+    if cfg.ds_config is not None and not utils.is_local(cfg.ds_config):
+        raise BadInput(f"ds_config={cfg.ds_config}: no such file; null takes config/ds_config.json")
+
+
+def _check_forget(cfg: DictConfig) -> None:
+    _check_run(cfg)
+    method = cfg.forget_loss
+    choice("forget_loss.forget", method.forget, losses.FORGET)
+    if method.retain is not None:
+        choice("forget_loss.retain", method.retain, losses.RETAIN)
+    wanted = losses.contract(losses.FORGET[method.forget]).args
+    if sorted(wanted) != sorted(method.forget_args):
+        raise BadInput(
+            f"forget_loss.forget_args={list(method.forget_args)}: {method.forget} takes {', '.join(wanted) or 'none'}"
+        )
+    cfg.model_path = _model_path(cfg.model_path, cfg.model_family)
+    cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
+    if cfg.eval.model_path is None:
+        cfg.eval.model_path = cfg.model_path
+    _check_evaluate(cfg.eval, prefix="eval.")
+
+
+def _retain_split(split: str) -> str:
+    """retain90 for forget10: the splits' names say which rows complete each other."""
+    if not (match := re.fullmatch(r"forget(\d\d)", split)):
+        raise BadInput(f"split={split}: forget01, forget05 or forget10; or name the rows to keep too: retain_split=...")
+    return f"retain{100 - int(match[1]):02d}"
+
+
+def _model_path(path: str | None, model_family: str) -> str:
+    path = path or family(model_family).ft_model_path
+    if path is None:
+        raise BadInput(
+            f"model_path is missing and {model_family} has no ft_model_path: finetune first, then model_path=..."
+        )
+    return path
+
+
+def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
+    family(cfg.model_family)
+    choice(f"{prefix}precision", cfg.precision, PRECISIONS)
+    _at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens")
+    _at_least(cfg, 2, "generation.max_length")
+    if cfg.use_pretrained:
+        cfg.model_path = family(cfg.model_family).hf_key
+    if cfg.model_path is None:
+        raise BadInput(f"{prefix}model_path is missing: name the model to evaluate (or use_pretrained=true)")
+    cfg.split = _perturbed(cfg.split)
+    sets = len(cfg.eval_task) if not isinstance(cfg.eval_task, str) else 1
+    for key in PARALLEL:
+        if isinstance(cfg[key], str):
+            cfg[key] = [cfg[key]] * sets
+        if len(cfg[key]) != sets:
+            raise BadInput(
+                f"{prefix}{key} has {len(cfg[key])} entries and {prefix}eval_task {sets}: the lists are parallel, one "
+                "entry a set (or one string for all)"
+            )
+    cfg.split_list = [_perturbed(split) for split in cfg.split_list]
+    if len(set(cfg.eval_task)) < sets:
+        raise BadInput(f"{prefix}eval_task={list(cfg.eval_task)} names a log twice")
+
+
+def _perturbed(split: str) -> str:
+    """The evaluation rows of a forget split carry paraphrases and wrong answers: forget10 means forget10_perturbed."""
+    return f"{split}_perturbed" if re.fullmatch(r"forget\d\d", split) else split
+
+
+def _check_aggregate(cfg: DictConfig) -> None:
+    """Paths are looked at when they are read."""
+
+
+CHECKS = {Finetune: _check_run, Forget: _check_forget, Evaluate: _check_evaluate, Aggregate: _check_aggregate}
+
+
+@functools.lru_cache(maxsize=1)
+def _families() -> DictConfig:
+    return OmegaConf.load(CONFIG_DIR / "model_config.yaml")
+
+
+def family(name: str) -> Family:
+    """An entry of model_config.yaml.
+
+    Raises:
+        BadInput: no such entry, or one with a missing or unknown key.
+    """
+    choice("model_family", name, _families())
+    try:
+        found = OmegaConf.merge(OmegaConf.structured(Family), _families()[name])
+        if missing := sorted(OmegaConf.missing_keys(found)):
+            raise BadInput(f"config/model_config.yaml: {name} has no {missing[0]}")
+        return OmegaConf.to_object(found)
+    except OmegaConfBaseException as error:
+        raise BadInput(f"config/model_config.yaml: {name}: {_one_line(error)}") from None
+
+
+def home(model_path: str | None, model_family: str) -> str:
+    """Where what belongs to a model is saved: in its folder, or under runs/ where it is a hub id.
+
+    Nothing may ever be written into a local folder named like a hub id: transformers would take it for the model.
+    """
+    path = model_path or family(model_family).ft_model_path or family(model_family).hf_key
+    if utils.is_local(path):
+        return utils.find(path)
+    return f"runs/{path.split('/')[-1]}" if path.count("/") == 1 else path
+
+
+OmegaConf.register_new_resolver("home", home, replace=True)
+
+
+def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callable:
+    """Make `main(cfg)` a script's command line: Hydra's, writing nothing by itself and telling an error once.
+
+    Args:
+        config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
+        after: called after every job that ended well (a sweep runs several in one process).
+
+    The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def job(cfg: DictConfig) -> None:
+            _unmute()
+            _log()
+            try:
+                task(cfg)
+            except BadInput as error:
+                _stop(error)
+            after()
+
+        @functools.wraps(task)
+        def main() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
+            argv = sys.argv
+            with tempfile.TemporaryDirectory() as scratch:
+                sys.argv = [argv[0], *_overrides(scratch), *argv[1:]]
+                if {"--help", "-h"} & set(argv[1:]):
+                    return _help(_named(argv, config_name), task)
+                _mute()
+                try:
+                    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+                except (HydraException, OmegaConfBaseException) as error:
+                    _unmute()
+                    _stop(BadInput(_explain(error, _named(argv, config_name))))
+                finally:
+                    sys.argv = argv
+                    _unmute()
+
+        return main
+
+    return decorate
+
+
+def _overrides(scratch: str) -> list[str]:
+    """Hydra's own settings: no output folders, no log files, no change of directory."""
+    return [
+        *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"),
+        *(f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=job${hydra:job.num}"),
+    ]
+
+
+def _named(argv: list[str], default: str) -> str:
+    """The config's name on a command line."""
+    for i, arg in enumerate(argv):
+        if arg.startswith(("--config-name=", "-cn=")):
+            default = arg.split("=", 1)[1]
+        elif arg in ("--config-name", "-cn") and i + 1 < len(argv):
+            default = argv[i + 1]
+    return default.removesuffix(".yaml")
+
+
+_STDERR = sys.stderr
+
+
+def _mute() -> None:
+    """Every rank composes the same config and finds the same error: let one of them tell it."""
+    if utils.rank() > 0:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (closed by _unmute)
+
+
+def _unmute() -> None:
+    if sys.stderr is not _STDERR and utils.rank() > 0:
+        sys.stderr.close()
+        sys.stderr = _STDERR
+
+
+def _log() -> None:
+    """Rank 0 speaks; the others only of errors."""
+    level = logging.INFO if utils.rank() == 0 else logging.ERROR
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+    )
+    for noisy in ("httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3"):
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+
+
+def _stop(error: BadInput) -> None:
+    """Tell the error and exit with 2. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
+    if utils.rank() > 0:
+        time.sleep(PATIENCE)
+    sys.stderr.write(f"error: {_one_line(error)}\n")
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def _explain(error: Exception, name: str) -> str:
+    """A composition error in one line, with the keys that there are."""
+    text = _one_line(error)
+    if error.__cause__ is not None and _one_line(error.__cause__) not in text:
+        text += f" ({_one_line(error.__cause__)})"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        keys = [key for key, _, _ in _explained(name)]
+        near = difflib.get_close_matches(match[1], keys, 3, 0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        return f"{match[1]} is no key of {name}.yaml; {hint}the keys are {', '.join(keys)}"
+    return text
+
+
+def _explained(name: str, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, comment) of every key of a config and of what its defaults list composes in, from the YAML text."""
+    found: dict[str, tuple[str, str]] = {}
+    lines = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    for default in OmegaConf.load(CONFIG_DIR / f"{name}.yaml").get("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            file, _, package = default.partition("@")
+            found |= {key: rest for key, *rest in _explained(file, f"{package}." if package else "")}
+        elif not isinstance(default, str):
+            for group, option in default.items():
+                choices = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+                found[group] = (option, f"a file of config/{group}: {', '.join(choices)}")
+                found |= {key: rest for key, *rest in _explained(f"{group}/{option}", f"{group}.")}
+    parents: list[str] = []
+    for line in lines:
+        match = re.match(r"( *)([\w.]+):(?: +([^#\s].*?))?(?: +# (.*))?$", line)
+        if not match or match[2] == "defaults" or line.lstrip().startswith(("#", "-")):
+            continue
+        parents = [*parents[: len(match[1]) // 2], match[2]]
+        key = ".".join(parents)
+        if match[4]:
+            found[key] = (match[3] or "", match[4])
+    return [(prefix + key, *rest) for key, rest in found.items()]
+
+
+def _help(name: str, task: Callable) -> None:
+    """Print the script's command lines and every key of its config with its default and its meaning."""
+    rows = _explained(name)
+    width = min(34, max(len(key) + len(default) for key, default, _ in rows) + 1)
+    text = [
+        inspect.getmodule(task).__doc__.strip(),
+        "",
+        f"keys of config/{name}.yaml (key=value; -m sweeps over key=a,b):",
+    ]
+    text += [f"  {f'{key}={default}':<{width}}  {comment}" for key, default, comment in rows]
+    if utils.rank() == 0:
+        sys.stdout.write("\n".join(text) + "\n")
