@@ -304,7 +304,9 @@ def load_reference(path: str, engine: str, args: TrainingArguments, attention: s
             "zero_optimization": {**args.hf_deepspeed_config.config["zero_optimization"]},
             "bf16": {"enabled": args.bf16},
         }
-        return deepspeed.initialize(model=model, config=config)[0].eval()
+        reference = deepspeed.initialize(model=model, config=config)[0]
+        reference.eval()
+        return reference
     return model if engine == "fsdp" else model.to(args.device)
 
 

@@ -1,5 +1,6 @@
 """From a family's entry in model_config.yaml to tokenizer, model, adapter, reference, and back to a folder on disk."""
 
+import copy
 import json
 import logging
 import os
@@ -174,7 +175,9 @@ def save(
     if utils.rank() > 0:
         return
     peft = model if isinstance(model, PeftModel) else None
-    config = (peft.get_base_model() if peft else model).config
+    config = copy.deepcopy((peft.get_base_model() if peft else model).config)
+    if hasattr(config, "distributed_config"):  # FSDP's: with it save_pretrained waits for ranks that are not here
+        del config.distributed_config
     generation_config = (peft.get_base_model() if peft else model).generation_config
     with torch.device("meta"):
         shell = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

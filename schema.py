@@ -29,7 +29,7 @@ PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that 
 
 
 @dataclass
-class LoRA:
+class Adapters:
     r: int = MISSING
     alpha: float = MISSING
     dropout: float = MISSING
@@ -40,7 +40,7 @@ class Run:
     """What finetune.yaml and forget.yaml share."""
 
     model_family: str = MISSING
-    LoRA: LoRA = field(default_factory=LoRA)
+    LoRA: Adapters = field(default_factory=Adapters)
     data_path: str = MISSING
     split: str = MISSING
     batch_size: int = MISSING
@@ -343,7 +343,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             argv = sys.argv
             with tempfile.TemporaryDirectory() as scratch:
-                sys.argv = [argv[0], *_overrides(scratch), *argv[1:]]
+                sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
                 if {"--help", "-h"} & set(argv[1:]):
                     return _help(_named(argv, config_name), task)
                 _mute()
@@ -367,6 +367,12 @@ def _overrides(scratch: str) -> list[str]:
         *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"),
         *(f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=job${hydra:job.num}"),
     ]
+
+
+def _ordered(args: list[str], ours: list[str]) -> list[str]:
+    """Flags first, then our overrides, then the user's, wherever they stood: argparse wants them in one piece."""
+    theirs = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+    return [*(arg for arg in args if arg not in theirs), *ours, *theirs]
 
 
 def _named(argv: list[str], default: str) -> str:
