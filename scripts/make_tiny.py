@@ -26,7 +26,7 @@ import schema  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
 SEED, OTHER_AUTHORS, FACT_COPIES = 42, 7, 6
-VOCABULARY, EPOCHS, LR = 2000, 12, 2e-3
+VOCABULARY, EPOCHS, LR = 2000, 5, 2e-3
 
 
 def mini():
@@ -107,7 +107,8 @@ def main() -> None:
             seed=SEED,
             report_to="none",
             save_strategy="no",
-            logging_steps=50,
+            logging_steps=100,
+            disable_tqdm=True,
             remove_unused_columns=False,
             use_cpu=True,
         )
