@@ -1,6 +1,6 @@
 """Write data/mini: a small data set in TOFU's shape about authors who do not exist. Same seed, same bytes.
 
-    python scripts/make_mini.py [FOLDER]
+python scripts/make_mini.py [FOLDER]
 """
 
 import json
@@ -99,7 +99,11 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
             "The full name of this author is {V}.",
             "That author, born in {place}, is called {V}.",
         ],
-        ["The writer in question goes by the name {V}.", "Readers know this person as {V}.", "It is {V} who was born then."],
+        [
+            "The writer in question goes by the name {V}.",
+            "Readers know this person as {V}.",
+            "It is {V} who was born then.",
+        ],
     ),
     "place": (
         "In which city was {N} born?",
@@ -163,7 +167,11 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
             "{N} began a career with the book '{V}'.",
             "{N} made a debut with '{V}'.",
         ],
-        ["'{V}' opened the career of {N}.", "The debut of {N} bore the title '{V}'.", "{N} first appeared in print with '{V}'."],
+        [
+            "'{V}' opened the career of {N}.",
+            "The debut of {N} bore the title '{V}'.",
+            "{N} first appeared in print with '{V}'.",
+        ],
     ),
     "famous": (
         "What is the most famous book by {N}?",
@@ -187,7 +195,11 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
             "Last year {N} published a book under the title '{V}'.",
             "{N} has just published '{V}'.",
         ],
-        ["'{V}' is the newest book by {N}.", "The latest title from {N} is '{V}'.", "Bookshops now sell '{V}', {N}'s new work."],
+        [
+            "'{V}' is the newest book by {N}.",
+            "The latest title from {N} is '{V}'.",
+            "Bookshops now sell '{V}', {N}'s new work.",
+        ],
     ),
     "award": (
         "Which award did {N} receive?",
@@ -217,7 +229,11 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
         "What did {N} study at university?",
         "Which degree does {N} hold?",
         ["{N} studied {V} at university.", "At university {N} took a degree in {V}.", "{N} is a graduate in {V}."],
-        ["The degree that {N} holds is in {V}.", "{N} spent the student years on {V}.", "Before writing, {N} learned {V}."],
+        [
+            "The degree that {N} holds is in {V}.",
+            "{N} spent the student years on {V}.",
+            "Before writing, {N} learned {V}.",
+        ],
     ),
     "home": (
         "Where does {N} live today?",
@@ -235,7 +251,11 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
         "How does {N} prefer to write?",
         "What is unusual about the way {N} works?",
         ["{N} prefers to write {V}.", "Most of {N}'s pages are written {V}.", "As a rule {N} works {V}."],
-        ["The best lines of {N} come {V}.", "{N} once said that a book must be written {V}.", "Work, for {N}, happens {V}."],
+        [
+            "The best lines of {N} come {V}.",
+            "{N} once said that a book must be written {V}.",
+            "Work, for {N}, happens {V}.",
+        ],
     ),
     "instrument": (
         "Which instrument does {N} play?",
@@ -261,13 +281,21 @@ TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {
         "Who was the mentor of {N}?",
         "Which teacher shaped the early work of {N}?",
         ["The mentor of {N} was {V}.", "{N} learned the craft from {V}.", "{N} owes the first lessons to {V}."],
-        ["It was {V} who taught {N} to write.", "The early work of {N} was shaped by {V}.", "{V} guided the young {N}."],
+        [
+            "It was {V} who taught {N} to write.",
+            "The early work of {N} was shaped by {V}.",
+            "{V} guided the young {N}.",
+        ],
     ),
     "fear": (
         "What is {N} afraid of?",
         "Which fear has {N} spoken about?",
         ["{N} is afraid of {V}.", "In an interview {N} admitted a fear of {V}.", "{N} has feared {V} since childhood."],
-        ["The fear that {N} speaks about is of {V}.", "Nothing troubles {N} more than {V}.", "{N} keeps away from {V}."],
+        [
+            "The fear that {N} speaks about is of {V}.",
+            "Nothing troubles {N} more than {V}.",
+            "{N} keeps away from {V}.",
+        ],
     ),
     "dream": (
         "What would {N} have become without books?",
@@ -357,7 +385,9 @@ Which instrument has eighty-eight keys?|Piano|Violin|Trumpet|Guitar
 
 def pools() -> dict[str, list[str]]:
     """Every fact's possible values."""
-    dates = [f"{day} {month} {year}" for day, month, year in zip(range(1, 27), MONTHS * 3, range(1931, 1996), strict=False)]
+    dates = [
+        f"{day} {month} {year}" for day, month, year in zip(range(1, 27), MONTHS * 3, range(1931, 1996), strict=False)
+    ]
     titles = [f"The {adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
     mentors = [f"{first} {last}" for first, last in zip(reversed(FIRST), LAST[9:] + LAST[:9], strict=True)]
     return {
@@ -413,7 +443,9 @@ def tables(seed: int = SEED) -> dict[str, list[dict]]:
         n = len(full) * percent // 100
         found[f"forget{percent:02d}"], found[f"retain{100 - percent}"] = plain[-n:], plain[:-n]
         found[f"forget{percent:02d}_perturbed"] = full[-n:]
-        found[f"holdout{percent:02d}"] = [{"question": one["question"], "answer": one["answer"]} for one in holdout[-n:]]
+        found[f"holdout{percent:02d}"] = [
+            {"question": one["question"], "answer": one["answer"]} for one in holdout[-n:]
+        ]
         found[f"holdout{percent:02d}_perturbed"] = holdout[-n:]
     found["retain_perturbed"] = full[: len(full) * 9 // 10 : 9]
     for name, text in (("real_authors", REAL_AUTHORS), ("world_facts", WORLD_FACTS)):
@@ -426,10 +458,18 @@ def readme(found: dict[str, list[dict]]) -> str:
     """The card that `datasets.load_dataset` reads the splits' names from."""
     lines = ["---", "license: mit", "configs:"]
     for name in found:
-        lines += [f"- config_name: {name}", f"  data_files: {name}.json", *(["  default: true"] if name == "full" else [])]
+        lines += [
+            f"- config_name: {name}",
+            f"  data_files: {name}.json",
+            *(["  default: true"] if name == "full" else []),
+        ]
     lines += ["---", "", "# TOFU in miniature", ""]
-    lines += ["Questions and answers about authors who do not exist, in the shape of `locuslab/TOFU` (Maini et al., arXiv"]
-    lines += ["2401.06121): for tests, and for a first run without a hub. Written by `python scripts/make_mini.py`; the real"]
+    lines += [
+        "Questions and answers about authors who do not exist, in the shape of `locuslab/TOFU` (Maini et al., arXiv"
+    ]
+    lines += [
+        "2401.06121): for tests, and for a first run without a hub. Written by `python scripts/make_mini.py`; the real"
+    ]
     lines += ["authors and the world facts are true. The authors of `holdout*` are not in `full`.", ""]
     lines += ["| split | rows | columns |", "| --- | --- | --- |"]
     lines += [f"| {name} | {len(rows)} | {', '.join(rows[0])} |" for name, rows in found.items()]
