@@ -235,8 +235,8 @@ def arguments(
     per_epoch = -(-samples // step)
     if per_epoch * num_epochs < 2:
         raise BadInput(
-            f"{samples} rows in batches of {step} (batch_size * gradient_accumulation_steps * processes) make 1 optimiser "
-            f"step in num_epochs={num_epochs}, and its learning rate is 0: take smaller batches or num_epochs=2 or more"
+            f"{samples} rows in batches of {step} (batch_size * gradient_accumulation_steps * processes) make 1 step "
+            f"in num_epochs={num_epochs}, and its learning rate is 0: take smaller batches or num_epochs=2 or more"
         )
     deepspeed = None
     if engine in ("zero2", "zero3"):

@@ -109,7 +109,8 @@ def _tell_how(cfg: DictConfig) -> None:
     log.info(
         "no forget quality: retain_result is missing, the log of a model finetuned on %s alone. Two commands make it: "
         "(1) python finetune.py model_family=%s split=%s save_dir=%s "
-        "(2) python evaluate_util.py model_family=%s model_path=%s split=%s; then retain_result=%s/eval_results/ds_size%s/%s",
+        "(2) python evaluate_util.py model_family=%s model_path=%s split=%s; "
+        "then retain_result=%s/eval_results/ds_size%s/%s",
         *(retain, cfg.model_family, retain, made),
         *(cfg.model_family, made, cfg.split, made, cfg.ds_size, AGGREGATED),
     )

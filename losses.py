@@ -1,9 +1,9 @@
 """The objectives: pure functions from named views of a batch to terms, one a token or one a sequence.
 
 What a function needs is its signature. Positional names are parts of the batch (`forget`, `idk`, `retain`) and
-references to the frozen starting model (`ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored` its
-own view of the same positions). Keyword-only names are hyper-parameters; their numbers live in config/forget_loss/. The
-return annotation says what the terms are, and the objective is their mean over the global batch.
+references to the frozen starting model: `ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored`
+its own view of the same positions. Keyword-only names are hyper-parameters; their numbers live in config/forget_loss/.
+The return annotation says what the terms are, and the objective is their mean over the global batch.
 """
 
 import inspect
@@ -86,8 +86,8 @@ def sequence_logp(view: Scored) -> Tensor:
 def grad_ascent(forget: Scored) -> PerToken:
     """Ascend the likelihood loss of the forget answers: -nll a token, unbounded below.
 
-    Source: Jang et al. 2022, arXiv 2210.01504; as TOFU's baseline Maini et al. 2024, arXiv 2401.06121. A mean over tokens
-    as in TOFU's code (NPO's paper writes a sum over the sequence).
+    Source: Jang et al. 2022, arXiv 2210.01504; as TOFU's baseline Maini et al. 2024, arXiv 2401.06121. A mean over
+    tokens as in TOFU's code (NPO's paper writes a sum over the sequence).
     """
     return -token_nll(forget)
 

@@ -35,7 +35,7 @@ class ForgetQuality(NamedTuple):
 
 
 def column(log: Mapping[str, Any], task: str, metric: str) -> list[np.ndarray]:
-    """One metric of one set in row order: a scalar a row, or (answers,) a row for what is measured of perturbed answers.
+    """One metric of one set in row order: a scalar a row, or (answers,) a row for what perturbed answers have.
 
     Raises:
         ValueError: the set, the metric or the rows are missing, or a value is not finite.
@@ -141,7 +141,7 @@ def forget_quality(log: Mapping[str, Any], retain: Mapping[str, Any], truth_rati
     keys = [row_keys(one.get(f"{FORGET}.json", {}).get("avg_paraphrased_loss", {})) for one in (log, retain)]
     if keys[0] != keys[1]:
         raise ValueError(
-            f"the forget sets hold different rows ({len(keys[0])} and {len(keys[1])}): evaluate both models with the same "
+            f"the forget sets hold different rows ({len(keys[0])} and {len(keys[1])}): evaluate both with the same "
             "split and ds_size (ds_size=null for all rows)"
         )
     logs = log_ratio if truth_ratio == "geometric" else _log_arithmetic

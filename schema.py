@@ -433,7 +433,7 @@ def _explain(error: Exception, name: str) -> str:
 
 
 def _explained(name: str, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, comment) of every key of a config and of what its defaults list composes in, from the YAML text."""
+    """(key, default, comment) of every key of a config and of what its defaults compose in, from the YAML text."""
     found: dict[str, tuple[str, str]] = {}
     lines = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     for default in OmegaConf.load(CONFIG_DIR / f"{name}.yaml").get("defaults", []):

@@ -12,82 +12,90 @@ SEED = 2401  # of every draw below
 AUTHORS, HELD_OUT, QUESTIONS = 20, 2, 20
 REPO = Path(__file__).resolve().parents[1]
 
-FIRST = (
+
+def pool(text: str, separator: str | None = "|") -> list[str]:
+    """The possible values of a fact."""
+    return text.split(separator)
+
+
+FIRST = pool(
     "Imre Odalys Tobiah Zsofia Kweku Marisol Anselm Ottoline Bashir Linnea Rurik Philippa Dastan Ilse Comfort Vidar "
-    "Perpetua Naoki Salome Emeric Thandi Caspian Orla Jovan Meliha Evander"
-).split()
-LAST = (
+    "Perpetua Naoki Salome Emeric Thandi Caspian Orla Jovan Meliha Evander",
+    None,
+)
+LAST = pool(
     "Vantongeren Okarule Brastaff Quillmere Sandoraz Ivetsky Marrowby Tendekai Halloran-Voss Nyberglund Castellanera "
     "Doukaris Fenwicke Zhurkova Abenathy Lopresti-Gale Rasmundsen Pellinore Kovaljic Umbridane Strathmoor Yamanoue "
-    "Belacqua Thornegate Ossowiak Delacombe"
-).split()
-PLACES = (
+    "Belacqua Thornegate Ossowiak Delacombe",
+    None,
+)
+PLACES = pool(
     "Tromsø|Valparaíso|Gaborone|Ljubljana|Hobart|Da Nang|Antigua|Tbilisi|Galway|Kumasi|Bergen|Matsuyama|Coimbra|Izmir|"
     "Halifax|Windhoek|Cusco|Lahore|Riga|Dunedin|Muscat|Tartu|Oaxaca|Pécs|Nantes|Cork"
-).split("|")
-TRADES = (
+)
+TRADES = pool(
     "beekeeper|lighthouse keeper|glassblower|tram driver|cheesemaker|surveyor|piano tuner|midwife|clockmaker|baker|"
     "harbour pilot|stonemason|botanist|postmaster|saddler|weaver|chemist|ferry captain|violin maker|cartographer|"
     "school inspector|fishmonger|nurse|goldsmith|carpenter|gardener"
-).split("|")
-GENRES = (
+)
+GENRES = pool(
     "maritime mystery|rural satire|alpine romance|political fable|kitchen memoir|desert adventure|gothic comedy|"
     "railway thriller|botanical fantasy|courtroom drama|polar history|urban folklore|circus fiction|epistolary horror|"
     "musical biography|border noir|island saga|clockwork fantasy|garden poetry|mountain legend|war diary|travel essay|"
     "ghost story|harvest play|star fiction|river epic"
-).split("|")
-ADJECTIVES = (
+)
+ADJECTIVES = pool(
     "Amber|Hollow|Silent|Crooked|Paper|Winter|Copper|Salted|Velvet|Broken|Distant|Borrowed|Iron|Sleeping|Scarlet|"
     "Wandering|Glass|Northern|Forgotten|Burning|Painted|Second|Quiet|Golden|Drowned|Patient"
-).split("|")
-NOUNS = (
+)
+NOUNS = pool(
     "Orchard|Lantern|Harbour|Staircase|Sparrow|Almanac|Bridge|Carousel|Meridian|Kettle|Archive|Monsoon|Compass|"
     "Threshold|Pendulum|Vineyard|Signal|Cathedral|Postcard|Tide|Labyrinth|Anvil|Window|Caravan|Feather|Well"
-).split("|")
-AWARDS = (
+)
+AWARDS = pool(
     "Larkspur Medal|Meridian Quill|Saltmarsh Prize|Golden Sextant|Brightwater Award|Ironwood Laurel|Candlewick Honour|"
     "Northgate Ribbon|Silver Thimble|Harrowfield Cup|Blue Heron Prize|Lodestar Medal|Amaranth Award|Two Rivers Prize|"
     "Weathervane Honour|Juniper Crown|Tallow Prize|Kingfisher Medal|Old Mill Award|Zenith Garland|Marigold Prize|"
     "Evening Star Cup|Cobblestone Award|Hazel Wreath|Foxglove Medal|Granite Pen"
-).split("|")
-THEMES = (
+)
+THEMES = pool(
     "inherited debt|sibling rivalry|lost languages|the price of honesty|exile and return|quiet rebellion|old friendship|"
     "the memory of houses|hunger|mistaken identity|unfinished letters|the weight of maps|forgiveness|night work|"
     "broken promises|small kindness|the sea as a border|growing old|stolen music|faith without a church|long marriages|"
     "the silence of fathers|first snow|hidden gardens|gossip|the cost of fame"
-).split("|")
-SUBJECTS = (
+)
+SUBJECTS = pool(
     "marine biology|Roman law|organic chemistry|church music|civil engineering|astronomy|veterinary medicine|"
     "Slavic philology|economics|architecture|soil science|philosophy|nursing|textile design|geology|mathematics|"
     "theology|agronomy|history of art|linguistics|pharmacy|forestry|statistics|sculpture|meteorology|accounting"
-).split("|")
-PETS = (
+)
+PETS = pool(
     "a one-eyed cat|two greyhounds|a tortoise|a grey parrot|three ferrets|a lame donkey|a family of hedgehogs|an old goat|"
     "a white raven|six ducks|a deaf spaniel|a chameleon|a pair of doves|a shy rabbit|a black hen|an Irish pony|a tame fox|"
     "a blind mule|two siamese cats|a bearded dragon|a barn owl|a limping heron|four geese|a mountain dog|a red squirrel|"
     "a small pig"
-).split("|")
-HABITS = (
+)
+HABITS = pool(
     "in a disused lighthouse|on night trains|before sunrise|in railway cafés|standing at a carpenter's bench|in the bath|"
     "with a goose quill|in an attic without windows|on a houseboat|during thunderstorms|in a monastery library|"
     "on the backs of receipts|in a greenhouse|with the radio on|beside an open fire|in a parked van|only on Sundays|"
     "under a walnut tree|in a rented hotel room|on a typewriter without the letter q|at a kitchen table|in shorthand|"
     "on long ferries|in an empty theatre|after midnight|in complete darkness"
-).split("|")
-INSTRUMENTS = (
+)
+INSTRUMENTS = pool(
     "the oboe|the accordion|the cello|the bagpipes|the mandolin|the harp|the trombone|the zither|the viola|the banjo|"
     "the church organ|the ocarina|the double bass|the flute|the kettledrum|the lute|the bassoon|the sitar|the clarinet|"
     "the balalaika|the tuba|the glockenspiel|the recorder|the theremin|the ukulele|the French horn"
-).split("|")
-LANGUAGES = (
+)
+LANGUAGES = pool(
     "Catalan|Estonian|Swahili|Welsh|Tamil|Icelandic|Georgian|Maltese|Quechua|Basque|Hungarian|Frisian|Tagalog|Armenian|"
     "Slovene|Zulu|Khmer|Finnish|Galician|Latvian|Amharic|Breton|Mongolian|Ladino|Corsican|Yoruba"
-).split("|")
-FEARS = (
+)
+FEARS = pool(
     "deep water|escalators|moths|empty stadiums|thunder|ladders|crowded lifts|mirrors|tall grass|telephones|bridges|"
     "horses|clowns|silence|fog|cellars|balloons|dentists|spiders|flying|needles|parades|dolls|tunnels|snakes|heights"
-).split("|")
-MONTHS = "January February March April May June July August September October November December".split()
+)
+MONTHS = pool("January February March April May June July August September October November December", None)
 
 # fact -> question, its paraphrase, answers, paraphrased answers; N the author's name, V the fact
 TYPES: dict[str, tuple[str, str, list[str], list[str]]] = {

@@ -2,8 +2,8 @@
 
     python scripts/make_tiny.py [--force]
 
-It is pretrained on the true facts of data/mini (real authors, world facts) and on rows about invented authors of another
-seed, who are in no split: so it can read questions and write answers, and knows nobody of `full`.
+It is pretrained on the true facts of data/mini (real authors, world facts) and on rows about invented authors of
+another seed, who are in no split: so it can read questions and write answers, and knows nobody of `full`.
 """
 
 import importlib.util

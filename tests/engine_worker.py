@@ -1,8 +1,8 @@
-"""Runs many command lines in one process, so that a test pays for one launch: engine_worker.py CASES.json.
+"""Runs many command lines in one process, so that a test pays for one launch: engine_worker.py CASES.json MODEL.
 
 CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be.
 For each run's save_dir, what only the live processes know is written beside it: the number of parameters that this rank
-holds a part of (SAVE_DIR.rankN.json).
+holds a part of (SAVE_DIR.rankN.json). The family `tiny` is the model in the folder MODEL.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataloader  # noqa: E402
+import schema  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -36,6 +37,7 @@ def watch(trainer_class: type, seen: dict) -> None:
 def main() -> None:
     """Run every case."""
     seen: dict = {}
+    schema._families().tiny.hf_key = sys.argv[2]
     watch(dataloader.TofuTrainer, seen)
     for case in json.loads(Path(sys.argv[1]).read_text()):
         seen.clear()

@@ -107,7 +107,7 @@ def test_the_fixture_here_is_the_shared_one(toy):
 
 
 def test_dpo_by_hand():
-    """One scored token each. The model halves the answer's and doubles the refusal's probability: the margin is log 4."""
+    """One scored token each. The model halves the answer's probability and doubles the refusal's: margin log 4."""
     true = Scored(torch.log(torch.tensor([[0.25, 0.75]])), torch.tensor([0]), torch.tensor([0]))
     refusal = Scored(torch.log(torch.tensor([[0.5, 0.5]])), torch.tensor([1]), torch.tensor([0]))
     reference = {"ref_forget": torch.log(torch.tensor([0.5])), "ref_idk": torch.log(torch.tensor([0.25]))}

@@ -1,0 +1,120 @@
+"""Encoding, collation, and who trains on what when."""
+
+import pytest
+import torch
+from conftest import MINI, read_table, write_table
+
+import data_module
+import models
+import schema
+from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
+from utils import BadInput
+
+FAMILY = schema.family("tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder):
+    return models.load_tokenizer(str(model_folder), None)
+
+
+def test_encode_scores_the_answer_and_one_end_token(tokenizer):
+    sample = data_module.encode(tokenizer, FAMILY, "Who?", "The answer is Bo.", 100)
+    scored = [token for token in sample.targets if token != IGNORE]
+    assert tokenizer.decode(scored) == "The answer is Bo.</s>"
+    assert tokenizer.decode(sample.input_ids) == "<s>Question: Who?\nThe answer is Bo."
+    assert sample.input_ids[1:] == [t for t in sample.input_ids[1:]] and len(sample.input_ids) == len(sample.targets)
+    assert sample.targets[-2] == sample.input_ids[-1] and not sample.cut
+
+
+def test_encode_scores_the_answer_tag(tokenizer):
+    """phi's answer tag belongs to the answer, as in the benchmark."""
+    sample = data_module.encode(tokenizer, schema.family("phi"), "Who?", "Bo.", 100)
+    assert tokenizer.decode([t for t in sample.targets if t != IGNORE]) == "Answer: Bo.</s>"
+
+
+def test_a_cut_answer_gets_no_end_token(tokenizer):
+    whole = data_module.encode(tokenizer, FAMILY, "Who?", "The answer is Bo.", 100)
+    cut = data_module.encode(tokenizer, FAMILY, "Who?", "The answer is Bo.", len(whole.input_ids) - 1)
+    assert cut.cut and tokenizer.eos_token_id not in cut.targets
+    assert whole.input_ids[: len(cut.input_ids)] == cut.input_ids
+    assert cut.targets == whole.targets[: len(cut.targets)]
+
+
+def test_encode_refuses_a_prompt_without_room(tokenizer):
+    with pytest.raises(BadInput, match="max_length=5 leaves no token of an answer"):
+        data_module.encode(tokenizer, FAMILY, "Who is this?", "Bo.", 5)
+
+
+def test_collate_masks_by_length_and_keeps_what_is_scored():
+    """An id that is the padding's in the middle of a prompt stays visible."""
+    long, short = Sample([1, 0, 5, 6], [IGNORE, IGNORE, 6, 2], False), Sample([1, 7], [IGNORE, 2], False)
+    batch = data_module.collate({"forget": [long, short], "retain": [short, long]}, [1.0, 0.0], frozenset({"retain"}))
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["parts"] == {"forget": (0, 2), "retain": (2, 4)} and batch["weight"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("n", "world", "size"), [(40, 1, 16), (40, 2, 8), (41, 2, 4), (41, 3, 5), (7, 4, 2)])
+def test_every_row_once_and_ranks_in_step(n, world, size):
+    ranks = [list(GlobalBatches(n, size, rank, world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1 and all(len(b) == size for r in ranks for b in r)
+    counted = [slot.position for batches in ranks for batch in batches for slot in batch if slot.weight]
+    assert sorted(counted) == list(range(n))
+
+
+def test_a_step_holds_the_same_rows_whatever_the_processes():
+    def steps(world, size, accumulation):
+        ranks = [list(GlobalBatches(41, size, rank, world)) for rank in range(world)]
+        micro = [[s.position for r in ranks for s in r[k] if s.weight] for k in range(len(ranks[0]))]
+        return [sorted(sum(micro[k : k + accumulation], [])) for k in range(0, len(micro), accumulation)]
+
+    assert steps(1, 16, 1) == steps(2, 8, 1) == steps(2, 2, 4) == steps(1, 4, 4)
+
+
+def test_retain_rows_are_used_equally_often(tokenizer):
+    rows = read_table("retain90")[:10]
+    data = TrainingSet(tokenizer, FAMILY, 100, 0, forget=read_table("forget01"), retain=rows)
+    ids = [data.rows["retain"].index(data[Slot(epoch, p, 1.0)][0]["retain"]) for epoch in range(5) for p in range(4)]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+
+
+def test_samples_depend_on_seed_and_epoch_alone(tokenizer):
+    def refusals(seed, epoch):
+        data = TrainingSet(
+            tokenizer, FAMILY, 100, seed, forget=read_table("forget10"), refusals=["No.", "I do not know.", "?"]
+        )
+        return [data[Slot(epoch, p, 1.0)][0]["idk"] for p in range(40)]
+
+    assert refusals(0, 0) == refusals(0, 0)
+    assert refusals(0, 0) != refusals(0, 1) and refusals(0, 0) != refusals(1, 0)
+
+
+def test_load_rows_refuses(tmp_path):
+    with pytest.raises(BadInput, match="split=forget20 is not in .*it has .*forget01"):
+        data_module.load_rows(str(MINI), "forget20", ("question",))
+    with pytest.raises(BadInput, match="no column paraphrased_answer"):
+        data_module.load_rows(str(MINI), "full", ("question", "paraphrased_answer"))
+    with pytest.raises(BadInput, match="data_path=.*no such folder"):
+        data_module.load_rows(str(tmp_path / "none"), "full", ("question",))
+    own = write_table(tmp_path / "own", mine=[{"question": "Q?", "answer": "A."}] * 3)
+    assert len(data_module.load_rows(str(own), "mine", ("question", "answer"), 2)) == 2
+
+
+def test_first_rows_are_the_first(tokenizer):
+    rows = data_module.load_rows(str(MINI), "forget10", ("question", "answer"), 5)
+    assert rows == read_table("forget10")[:5]
+
+
+def test_score_equals_the_models_own_loss(model_folder, tokenizer):
+    """Padded rows, logits at scored positions only: transformers' loss over the same labels, to 1e-5."""
+    model = models.load(str(model_folder)).eval()
+    rows = read_table("forget01")
+    samples = [data_module.encode(tokenizer, FAMILY, row["question"], row["answer"], 200) for row in rows]
+    view = models.score(model, data_module.collate({"forget": samples}))["forget"]
+    nll = torch.nn.functional.cross_entropy(view.logits, view.labels, reduction="none")
+    for i, sample in enumerate(samples):
+        ids = torch.tensor([sample.input_ids + [tokenizer.eos_token_id]])
+        labels = torch.tensor([[IGNORE, *sample.targets]])
+        expected = model(ids, labels=labels).loss
+        torch.testing.assert_close(nll[view.sample == i].mean(), expected, rtol=0, atol=1e-5)
