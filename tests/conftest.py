@@ -81,7 +81,7 @@ def launch() -> Callable[..., subprocess.CompletedProcess]:
     def run(script: str, *args: object, processes: int = 0, cwd: Path, check: bool = True, timeout: int = 600):
         start = [sys.executable]
         if processes:
-            start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*start, str(REPO / script), *map(str, args)],
