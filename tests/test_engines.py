@@ -1,0 +1,153 @@
+"""The same numbers on every engine: one launch an engine, which runs all cases, is compared with one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MINI, REPO, read_table, write_table
+from transformers import AutoModelForCausalLM
+
+LOSSES = ("grad_ascent", "grad_diff", "KL", "idk", "dpo")
+# engine -> how a global batch of 16 is cut: (samples per process, accumulation)
+ENGINES = {"ddp": (2, 4), "zero2": (8, 1), "zero3": (2, 4), "fsdp": (2, 4)}
+
+
+def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path, ds_config: Path) -> list[dict]:
+    """Command lines: finetune and each loss with 40 and 41 rows, and adapters with an evaluation at each epoch."""
+    common = [
+        *("model_family=tiny", f"engine={engine}", "num_epochs=2", "seed=1", "optim=adamw_torch"),
+        *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}", f"ds_config={ds_config}"),
+    ]
+    forget = [*common, f"model_path={model}", f"data_path={data}", "lr=1e-3"]
+    small = ["eval.ds_size=5", "eval.generation.max_length=64", "eval.generation.max_new_tokens=8"]
+    found = [{"script": "finetune", "args": [*common, f"data_path={data}", "split=forget10", "lr=1e-3"], "name": "ft"}]
+    for split in ("forget10", "forget41"):
+        retain = [f"split={split}", "retain_split=retain90"]
+        for loss in LOSSES:
+            if split == "forget10" or loss in ("grad_diff", "dpo"):
+                found.append(
+                    {"script": "forget", "args": [*forget, *retain, f"forget_loss={loss}"], "name": f"{loss}_{split}"}
+                )
+    watched = [*forget, "split=forget10", "eval_while_train=true", *small, "eval.split=forget10"]
+    found.append({"script": "forget", "args": [*watched, "forget_loss=grad_diff"], "name": "watched"})
+    lora = ["LoRA.r=4", "LoRA.dropout=0", "forget_loss=KL"]
+    found.append({"script": "forget", "args": [*watched, *lora], "name": "lora"})
+    for case in found:
+        case["args"].append(f"save_dir={folder / case['name']}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def setting(model_folder, tmp_path_factory):
+    """Data with a split of 41 rows, a family entry's model, and a DeepSpeed config that shards even a tiny model."""
+    folder = tmp_path_factory.mktemp("engines")
+    names = ("forget10", "retain90", "forget10_perturbed", "retain_perturbed")
+    tables = {name: read_table(name) for name in (*names, "real_authors_perturbed", "world_facts_perturbed")}
+    data = write_table(folder / "data", **tables, forget41=read_table("retain90")[:41])
+    config = json.loads((REPO / "config" / "ds_config.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "ds.json").write_text(json.dumps(config))
+    return folder, data, model_folder
+
+
+def launch(setting, engine: str, processes: int, cut: tuple[int, int]) -> Path:
+    folder, data, model = setting
+    out = folder / (engine if processes > 1 else "one")
+    out.mkdir()
+    listed = cases(out, engine, cut, data, model, folder / "ds.json")
+    for case in listed:  # finetune.py starts from the family's pretrained model: the random one
+        case["args"] = [arg for arg in case["args"]]
+    (out / "cases.json").write_text(json.dumps(listed))
+    worker = [str(REPO / "tests" / "engine_worker.py"), str(out / "cases.json"), str(model)]
+    start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *start, *worker], cwd=out, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(setting):
+    return launch(setting, "ddp", 1, (16, 1))
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def two(request, setting):
+    return request.param, launch(setting, request.param, 2, ENGINES[request.param])
+
+
+def losses_of(run: Path) -> list[float]:
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [line["loss"] for line in history if "loss" in line]
+
+
+def runs(folder: Path) -> list[str]:
+    return [case["name"] for case in json.loads((folder / "cases.json").read_text())]
+
+
+def test_engine_equals_one_process(one, two):
+    """Same loss at every step, the same logs, the same saved weights; really sharded; loads from disk."""
+    engine, folder = two
+    for name in runs(folder):
+        expected, got = losses_of(one / name), losses_of(folder / name)
+        assert len(expected) == len(got) == (6 if "41" not in name else 6)
+        assert got == pytest.approx(expected, abs=1e-4), f"{engine} {name}"
+        models = [AutoModelForCausalLM.from_pretrained(path / name) for path in (one, folder)]
+        for (key, a), (_, b) in zip(*(m.state_dict().items() for m in models), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-3, msg=lambda m, k=key, n=name: f"{engine} {n} {k}: {m}")
+
+
+def test_parameters_are_really_sharded(two):
+    engine, folder = two
+    for rank in (0, 1):
+        seen = json.loads((folder / f"grad_diff_forget10.rank{rank}.json").read_text())
+        if engine == "fsdp":
+            assert seen["dtensors"] > 0 and seen["held"] < 0.6 * seen["whole"]
+        elif engine == "zero3":
+            assert seen["held"] == 0 and seen["engine"] == "DeepSpeedEngine"
+        elif engine == "zero2":
+            assert seen["held"] == seen["whole"] and seen["engine"] == "DeepSpeedEngine"
+        else:
+            assert seen["held"] == seen["whole"] and seen["engine"] == "DistributedDataParallel"
+
+
+def test_evaluation_from_disk_equals_the_one_in_memory(two, one):
+    """At the last epoch's end, sharded or with adapters, and from the saved model in another process: 1e-5."""
+    engine, folder = two
+    import test_evaluate_util
+
+    for name in ("watched", "lora"):
+        memory = json.loads((folder / name / "checkpoint-6" / "eval_log_aggregated.json").read_text())
+        disk = test_evaluate_util.evaluate(
+            folder / name, MINI, folder / name / "again", ds_size=5, max_length=64, max_new_tokens=8
+        )
+        for task, log in memory.items():
+            for metric in ("avg_gt_loss", "avg_paraphrased_loss"):
+                assert disk[task][metric] == pytest.approx(log[metric], abs=1e-5), f"{engine} {name} {task}"
+            assert disk[task]["rougeL_recall"] == pytest.approx(log["rougeL_recall"]), f"{engine} {name} {task}"
+
+
+def test_training_moves_the_weights(one, model_folder):
+    start = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    for name in runs(one):
+        end = AutoModelForCausalLM.from_pretrained(one / name).state_dict()
+        assert max((end[key] - start[key]).abs().max().item() for key in start) > 1e-4, name
+
+
+def test_gradient_accumulation_is_only_another_cut(setting, one):
+    """16 x 1 and 4 x 4 on one process."""
+    folder, data, model = setting
+    out = folder / "accumulated"
+    out.mkdir()
+    listed = [
+        c
+        for c in cases(out, "ddp", (4, 4), data, model, folder / "ds.json")
+        if c["name"].startswith(("ft", "grad", "dpo"))
+    ]
+    (out / "cases.json").write_text(json.dumps(listed))
+    worker = [str(REPO / "tests" / "engine_worker.py"), str(out / "cases.json"), str(model)]
+    subprocess.run([sys.executable, *worker], cwd=out, check=True, capture_output=True, timeout=500)
+    for case in listed:
+        assert losses_of(out / case["name"]) == pytest.approx(losses_of(one / case["name"]), abs=1e-4), case["name"]
