@@ -23,9 +23,7 @@ class Scored(NamedTuple):
     sample: Tensor  # (N,) which sample each position belongs to, 0..B-1, non-decreasing; every sample has one at least
 
 
-Attended = Annotated[
-    Scored, "attended"
-]  # every position that the model reads; a plain Scored has the answer's and the end's
+Attended = Annotated[Scored, "attended"]  # every position read, prompt too; a plain Scored: answer and end token only
 PerToken = Annotated[Tensor, "token"]  # (N,) terms, in the order of the views in the signature
 PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms
 
@@ -46,7 +44,7 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
     """Read a loss's signature.
 
     Raises:
-        TypeError: a positional name that is no part or reference, a hyper-parameter with a default, or no unit.
+        TypeError: a positional name that is no part or reference, or has no view; a default; or no unit.
     """
     hints = get_type_hints(loss, include_extras=True)
     parts, refs, args = {}, {}, []
@@ -56,9 +54,9 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
                 raise TypeError(f"{loss.__name__}: {name} has a default; its number belongs in config/forget_loss/")
             args.append(name)
         elif name in PARTS:
-            parts[name] = _view(hints.get(name))
+            parts[name] = _view(loss, name, hints.get(name))
         elif name.removeprefix("ref_") in PARTS:
-            refs[name] = "logp" if hints.get(name) is Tensor else _view(hints.get(name))
+            refs[name] = "logp" if hints.get(name) is Tensor else _view(loss, name, hints.get(name))
         else:
             raise TypeError(f"{loss.__name__}: {name} is neither a part ({', '.join(PARTS)}) nor ref_ and a part")
     unit = get_args(hints.get("return"))[-1] if get_origin(hints.get("return")) is Annotated else None
@@ -67,7 +65,9 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
     return Contract(parts, refs, tuple(args), unit)
 
 
-def _view(hint: Any) -> str:
+def _view(loss: Callable[..., Tensor], name: str, hint: Any) -> str:
+    if hint not in (Scored, Attended):
+        raise TypeError(f"{loss.__name__}: annotate {name} as Scored (completion positions) or Attended (all)")
     return "attended" if hint == Attended else "completion"
 
 

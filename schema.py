@@ -1,30 +1,39 @@
 """The typed configs, their checks, and the command line: what is refused is refused here, before anything is loaded."""
 
+import contextlib
 import difflib
 import functools
 import inspect
+import io
 import logging
+import math
 import os
 import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import losses
 import utils
 from utils import BadInput
 
+log = logging.getLogger(__name__)
+
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "zero2", "zero3", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
+NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 
 
@@ -110,15 +119,7 @@ class Evaluate:
     save_dir: str = MISSING
 
 
-PARALLEL = (
-    "data_path",
-    "split_list",
-    "question_key",
-    "answer_key",
-    "base_answer_key",
-    "perturbed_answer_key",
-    "eval_task",
-)
+PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any)
 
 
 @dataclass
@@ -163,35 +164,89 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
+        _fit(kind, plain)
         typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
         if missing := sorted(OmegaConf.missing_keys(typed)):
             raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
     except OmegaConfBaseException as error:
-        raise BadInput(_one_line(error)) from None
+        raise BadInput(_told(error)) from None
     checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))
     CHECKS[kind](checked)
     OmegaConf.set_readonly(checked, True)
     return checked
 
 
-def _one_line(error: Exception) -> str:
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def _fit(kind: type, values: dict[str, Any], prefix: str = "") -> None:
+    """Raise BadInput unless every value has a place in the dataclass `kind`, and that place's type."""
+    hints = get_type_hints(kind)
+    for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
+        full = f"{prefix}{key}"
+        if key not in hints:
+            raise BadInput(_no_key(full, [f"{prefix}{name}" for name in hints]))
+        hint = hints[key]
+        group = is_dataclass(hint) or get_origin(hint) is dict
+        if group and not isinstance(value, dict):
+            names = [f"{full}.{name}" for name in get_type_hints(hint)] if is_dataclass(hint) else [f"{full}.NAME"]
+            raise BadInput(f"{full}={value}: it is a group of keys, {', '.join(names)}")
+        if is_dataclass(hint):
+            _fit(hint, value, f"{full}.")
+            continue
+        try:
+            OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+        except OmegaConfBaseException:
+            said = f"{full} is missing" if value is None else f"{full}={value}"
+            raise BadInput(f"{said}: it must be {_words(hint)}") from None
+
+
+def _words(hint: Any) -> str:
+    return " or ".join(WORDS[one] for one in get_args(hint) or (hint,))
+
+
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
+
+
+def _told(error: BaseException) -> str:
+    """What a resolver of ours refused where that is behind an error of OmegaConf's; else that error's own line."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, BadInput):
+        behind = behind.__cause__ or behind.__context__
+    return _one_line(behind or error)
+
+
+def _unknown(key: str, value: Any, allowed: Iterable[str]) -> str:
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key}={value} is unknown{hint}: it may be {', '.join(allowed)}"
 
 
 def choice(key: str, value: Any, allowed: Iterable[str]) -> None:
     """Raise BadInput unless `value` is one of `allowed`; name the nearest."""
     allowed = list(allowed)
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise BadInput(f"{key}={value} is unknown{hint}: it may be {', '.join(allowed)}")
+        raise BadInput(_unknown(key, value, allowed))
 
 
-def _at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False) -> None:
+def _no_key(key: str, keys: list[str], of: str = "") -> str:
+    """The line that refuses an unknown key: the nearest ones, and those on its level."""
+    near = difflib.get_close_matches(key, keys, 2, 0.6)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    level = key
+    while level and not any(name.startswith(level) for name in keys):
+        level = level[: level.rstrip(".").rfind(".") + 1]
+    beside = dict.fromkeys(level + name.removeprefix(level).split(".")[0] for name in keys if name.startswith(level))
+    return f"{key} is no key{of}{hint}: there are {', '.join(beside)}"
+
+
+def _at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False, prefix: str = "") -> None:
     for key in keys:
         value = OmegaConf.select(cfg, key)
-        if value is not None and (value < least or (above and value == least)):
-            raise BadInput(f"{key}={value}: it must be {'above' if above else 'at least'} {least}")
+        if value is not None and not (math.isfinite(value) and (value > least if above else value >= least)):
+            raise BadInput(f"{prefix}{key}={value}: it must be {'above' if above else 'at least'} {least}")
 
 
 def _check_run(cfg: DictConfig) -> None:
@@ -201,20 +256,23 @@ def _check_run(cfg: DictConfig) -> None:
     _at_least(cfg, 1, "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps")
     _at_least(cfg, 2, "max_length")
     _at_least(cfg, 0, "lr", "LoRA.alpha", above=True)
-    _at_least(cfg, 0, "weight_decay", "max_grad_norm", "LoRA.r", "LoRA.dropout")
+    _at_least(cfg, 0, "weight_decay", "max_grad_norm", "LoRA.r", "LoRA.dropout", "seed")
+    if cfg.seed >= 2**32:
+        raise BadInput(f"seed={cfg.seed}: it must be below 2**32")
     if cfg.LoRA.dropout >= 1:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
     if cfg.engine == "fsdp" and utils.world_size() < 2:
         raise BadInput(
             "engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
         )
-    if cfg.ds_config is not None and not utils.is_local(cfg.ds_config):
+    if cfg.ds_config is not None and not os.path.isfile(utils.find(cfg.ds_config)):
         raise BadInput(f"ds_config={cfg.ds_config}: no such file; null takes config/ds_config.json")
 
 
 def _check_forget(cfg: DictConfig) -> None:
     _check_run(cfg)
     method = cfg.forget_loss
+    _at_least(cfg, -math.inf, "forget_loss.forget_weight", "forget_loss.retain_weight")
     choice("forget_loss.forget", method.forget, losses.FORGET)
     if method.retain is not None:
         choice("forget_loss.retain", method.retain, losses.RETAIN)
@@ -223,6 +281,9 @@ def _check_forget(cfg: DictConfig) -> None:
         raise BadInput(
             f"forget_loss.forget_args={list(method.forget_args)}: {method.forget} takes {', '.join(wanted) or 'none'}"
         )
+    for name, hint in get_type_hints(losses.FORGET[method.forget]).items():
+        if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
+            raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family)
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:
@@ -232,7 +293,7 @@ def _check_forget(cfg: DictConfig) -> None:
 
 def _retain_split(split: str) -> str:
     """retain90 for forget10: the splits' names say which rows complete each other."""
-    if not (match := re.fullmatch(r"forget(\d\d)", split)):
+    if not (match := re.fullmatch(r"forget(\d\d)", split)) or match[1] == "00":
         raise BadInput(f"split={split}: forget01, forget05 or forget10; or name the rows to keep too: retain_split=...")
     return f"retain{100 - int(match[1]):02d}"
 
@@ -249,25 +310,30 @@ def _model_path(path: str | None, model_family: str) -> str:
 def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
     family(cfg.model_family)
     choice(f"{prefix}precision", cfg.precision, PRECISIONS)
-    _at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens")
-    _at_least(cfg, 2, "generation.max_length")
-    if cfg.use_pretrained:
+    _at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens", prefix=prefix)
+    _at_least(cfg, 2, "generation.max_length", prefix=prefix)
+    if cfg.use_pretrained or (cfg.reinitialize_weights and cfg.model_path is None):
         cfg.model_path = family(cfg.model_family).hf_key
     if cfg.model_path is None:
-        raise BadInput(f"{prefix}model_path is missing: name the model to evaluate (or use_pretrained=true)")
+        raise BadInput(
+            f"{prefix}model_path is missing: name the model to evaluate, model_path=... (or use_pretrained=true)"
+        )
     cfg.split = _perturbed(cfg.split)
-    sets = len(cfg.eval_task) if not isinstance(cfg.eval_task, str) else 1
+    sets = len(cfg.eval_task) if isinstance(cfg.eval_task, ListConfig) else 1
     for key in PARALLEL:
-        if isinstance(cfg[key], str):
+        if not isinstance(cfg[key], ListConfig):
             cfg[key] = [cfg[key]] * sets
+        if any(entry is None or isinstance(entry, DictConfig | ListConfig) for entry in cfg[key]):
+            raise BadInput(f"{prefix}{key}={cfg[key]}: it must be a text, or a list of one for each set")
+        cfg[key] = [str(entry) for entry in cfg[key]]
         if len(cfg[key]) != sets:
             raise BadInput(
                 f"{prefix}{key} has {len(cfg[key])} entries and {prefix}eval_task {sets}: the lists are parallel, one "
                 "entry a set (or one string for all)"
             )
     cfg.split_list = [_perturbed(split) for split in cfg.split_list]
-    if len(set(cfg.eval_task)) < sets:
-        raise BadInput(f"{prefix}eval_task={list(cfg.eval_task)} names a log twice")
+    if len(set(cfg.eval_task)) < sets or not sets:
+        raise BadInput(f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice")
 
 
 def _perturbed(split: str) -> str:
@@ -303,12 +369,20 @@ def family(name: str) -> Family:
         raise BadInput(f"config/model_config.yaml: {name}: {_one_line(error)}") from None
 
 
-def home(model_path: str | None, model_family: str) -> str:
+def home(model_path: str | None, model_family: str, use_pretrained: bool | None = None) -> str:
     """Where what belongs to a model is saved: in its folder, or under runs/ where it is a hub id.
 
     Nothing may ever be written into a local folder named like a hub id: transformers would take it for the model.
+
+    Args:
+        model_path: null means the family's finetuned model.
+        use_pretrained: the evaluation's own; there null means the family's pretrained model, and so does any if true.
     """
-    path = model_path or family(model_family).ft_model_path or family(model_family).hf_key
+    found = family(model_family)
+    if use_pretrained is not None:
+        path = (None if use_pretrained else model_path) or found.hf_key
+    else:
+        path = model_path or found.ft_model_path or found.hf_key
     if utils.is_local(path):
         return utils.find(path)
     return f"runs/{path.split('/')[-1]}" if path.count("/") == 1 else path
@@ -329,32 +403,49 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
-        def job(cfg: DictConfig) -> None:
-            _unmute()
-            _log()
-            try:
-                task(cfg)
-            except BadInput as error:
-                _stop(error)
-            after()
-
-        @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-            argv = sys.argv
+            argv, stderr, held, broken = sys.argv, sys.stderr, io.StringIO(), False
+
+            @functools.wraps(task)
+            def job(cfg: DictConfig) -> None:
+                nonlocal broken
+                sys.argv = argv
+                with contextlib.redirect_stderr(stderr):
+                    _log()
+                    if HydraConfig.get().mode == RunMode.MULTIRUN:
+                        log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
+                    try:
+                        task(cfg)
+                    except BadInput as error:
+                        _stop(error)
+                    except Exception:  # a bug, whatever its type: it keeps its traceback
+                        broken = True
+                        raise
+                    after()
+
             with tempfile.TemporaryDirectory() as scratch:
-                sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
-                if {"--help", "-h"} & set(argv[1:]):
-                    return _help(_named(argv, config_name), task)
-                _mute()
                 try:
-                    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+                    name = _named(argv, config_name)
+                    if {"--help", "-h"} & set(argv[1:]):
+                        return _help(name, task, argv[1:])
+                    sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
+                    with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
+                        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+                except BadInput as error:
+                    _stop(error)
                 except (HydraException, OmegaConfBaseException) as error:
-                    _unmute()
-                    _stop(BadInput(_explain(error, _named(argv, config_name))))
+                    if broken:
+                        raise
+                    _stop(BadInput(_explain(error, name)))
+                except SystemExit as end:
+                    if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
+                        _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
+                    raise
                 finally:
                     sys.argv = argv
-                    _unmute()
+                if utils.rank() == 0:
+                    sys.stderr.write(held.getvalue())
 
         return main
 
@@ -385,29 +476,19 @@ def _named(argv: list[str], default: str) -> str:
     return default.removesuffix(".yaml")
 
 
-_STDERR = sys.stderr
-
-
-def _mute() -> None:
-    """Every rank composes the same config and finds the same error: let one of them tell it."""
-    if utils.rank() > 0:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (closed by _unmute)
-
-
-def _unmute() -> None:
-    if sys.stderr is not _STDERR and utils.rank() > 0:
-        sys.stderr.close()
-        sys.stderr = _STDERR
-
-
 def _log() -> None:
     """Rank 0 speaks; the others only of errors."""
     level = logging.INFO if utils.rank() == 0 else logging.ERROR
     logging.basicConfig(
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
     )
-    for noisy in ("httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # DeepSpeed's calls, at every step
+    if utils.rank() > 0:  # rank 0 passes on what libraries warn of
+        warnings.simplefilter("ignore")
+        for library in ("transformers", "accelerate", "peft"):
+            logging.getLogger(library).setLevel(level)
 
 
 def _stop(error: BadInput) -> None:
@@ -420,31 +501,43 @@ def _stop(error: BadInput) -> None:
 
 
 def _explain(error: Exception, name: str) -> str:
-    """A composition error in one line, with the keys that there are."""
-    text = _one_line(error)
-    if error.__cause__ is not None and _one_line(error.__cause__) not in text:
-        text += f" ({_one_line(error.__cause__)})"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        keys = [key for key, _, _ in _explained(name)]
-        near = difflib.get_close_matches(match[1], keys, 3, 0.5)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        return f"{match[1]} is no key of {name}.yaml; {hint}the keys are {', '.join(keys)}"
-    return text
+    """A composition error in one line, with what there is instead."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return _unknown(group or "--config-name", option.removesuffix(".yaml"), _options(group))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is no key=value that Hydra can read: {_one_line(error.message.split('See http')[0])}"
+    if match := re.search(r"Could not override '([^']+)'", str(error)):
+        key = getattr(error.__cause__, "full_key", None) or match[1]
+        return _no_key(key, [key for key, _, _ in _explained(name)], f" of {name}.yaml")
+    return _told(error)
 
 
-def _explained(name: str, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(key, default, comment) of every key of a config and of what its defaults compose in, from the YAML text."""
+def _options(group: str = "") -> list[str]:
+    """The names of the YAMLs in config/, or in one of its folders."""
+    names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return [name for name in names if name != "model_config"]
+
+
+def _explained(name: str, chosen: dict[str, str] | None = None, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, comment) of every key of a config and of what its defaults compose in, from the YAML text.
+
+    Args:
+        chosen: what the command line says; an option chosen from a group is explained instead of the default one.
+    """
+    chosen = chosen or {}
     found: dict[str, tuple[str, str]] = {}
     lines = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     for default in OmegaConf.load(CONFIG_DIR / f"{name}.yaml").get("defaults", []):
         if isinstance(default, str) and default != "_self_":
             file, _, package = default.partition("@")
-            found |= {key: rest for key, *rest in _explained(file, f"{package}." if package else "")}
+            found |= {key: rest for key, *rest in _explained(file, chosen, f"{package}." if package else "")}
         elif not isinstance(default, str):
             for group, option in default.items():
-                choices = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-                found[group] = (option, f"a file of config/{group}: {', '.join(choices)}")
-                found |= {key: rest for key, *rest in _explained(f"{group}/{option}", f"{group}.")}
+                option = chosen.get(group, option)
+                choice(group, option, _options(group))
+                found[group] = (option, f"a file of config/{group}: {', '.join(_options(group))}")
+                found |= {key: rest for key, *rest in _explained(f"{group}/{option}", chosen, f"{group}.")}
     parents: list[str] = []
     for line in lines:
         match = re.match(r"( *)([\w.]+):(?: +([^#\s].*?))?(?: +# (.*))?$", line)
@@ -457,9 +550,10 @@ def _explained(name: str, prefix: str = "") -> list[tuple[str, str, str]]:
     return [(prefix + key, *rest) for key, rest in found.items()]
 
 
-def _help(name: str, task: Callable) -> None:
+def _help(name: str, task: Callable, args: list[str]) -> None:
     """Print the script's command lines and every key of its config with its default and its meaning."""
-    rows = _explained(name)
+    choice("--config-name", name, _options())
+    rows = _explained(name, dict(arg.split("=", 1) for arg in args if "=" in arg))
     width = min(34, max(len(key) + len(default) for key, default, _ in rows) + 1)
     text = [
         inspect.getmodule(task).__doc__.strip(),

@@ -56,7 +56,19 @@ def toy() -> dict:
     return {"y": y, "a": a, "z": z}
 
 
-def arguments(loss, logits, labels, attended) -> dict:
+def packed_view(logits, labels, attended=None) -> Scored:
+    """The same view from one row without padding, as packing lays samples end to end: cut, join, select by position."""
+    lengths = (labels != -100).long().mul(torch.arange(labels.shape[1])).amax(1) + 1
+    if attended is not None:
+        lengths = attended.sum(1)
+    row = torch.cat([z[:n] for z, n in zip(logits, lengths, strict=True)])
+    following = torch.cat([torch.cat([y[1:n], y.new_tensor([-100])]) for y, n in zip(labels, lengths, strict=True)])
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    keep = torch.ones_like(following, dtype=torch.bool) if attended is not None else following != -100
+    return Scored(row[keep], following[keep], sample[keep])
+
+
+def arguments(loss, logits, labels, attended, view=view) -> dict:
     """What a loss takes by name, from padded logits of each part and reference."""
     contract = losses.contract(loss)
     found = {}
@@ -91,19 +103,31 @@ def test_worked_numbers(toy):
 
 
 @needs_shared
-def test_the_fixture_here_is_the_shared_one(toy):
+def test_shared_fixtures(toy):
+    """The tensors made here are the shared ones, and every shared number of these objectives comes out."""
     shared = json.loads((SHARED / "fixtures.json").read_text())
-
-    def tensors(node):
-        if isinstance(node, dict):
-            for child in node.values():
-                yield from tensors(child)
-        elif isinstance(node, list):
-            yield node
-
-    whole = list(tensors(shared))
-    for name in ("forget", "ref_forget", "retain", "ref_retain", "idk", "ref_idk"):
-        assert toy["z"][name].tolist() in whole, name
+    letter = {"forget": "F", "retain": "R", "idk": "I"}
+    for name, z in toy["z"].items():
+        assert z.tolist() == shared["tensors"][f"Z{letter[name.removeprefix('ref_')]}{'0' * name.startswith('ref_')}"]
+    for part, y in toy["y"].items():
+        assert y.tolist() == shared["tensors"][f"y{letter[part]}"]
+    ascent, nll, kl, kl_completion = (value(f, toy) for f in (losses.grad_ascent, *RETAIN.values()))
+    logp = {name: losses.sequence_logp(view(z, toy["y"][name.removeprefix("ref_")])) for name, z in toy["z"].items()}
+    found = {
+        **{"ce_forget": -ascent, "ce_retain": nll, "ce_idk": value(losses.idk_nll, toy)},
+        **{f"seq_nll_{part}": (-logp[part]).tolist() for part in ("forget", "idk")},
+        **{f"seq_nll_{part}_ref": (-logp[f"ref_{part}"]).tolist() for part in ("forget", "idk")},
+        **{"grad_ascent": ascent, "grad_diff": ascent + nll},
+        **{"kl_retain_attended": kl, "kl_retain_answer_tokens": kl_completion},
+        **{"KL_method_attended": ascent + kl, "KL_method_answer_tokens": ascent + kl_completion},
+        "idk_code_concat_mean": value(losses.idk, toy),
+        "idk_paper_sum_of_means": value(losses.idk_nll, toy) + nll,
+        "dpo_peer_2_over_beta_beta0.1": value(losses.dpo, toy),
+        "dpo_npo_paper_1_over_beta_beta0.1": value(losses.dpo, toy, scale=10.0),
+        "dpo_standard_beta0.1": value(losses.dpo, toy, scale=1.0),
+    }
+    for name, number in found.items():
+        assert number == pytest.approx(shared["losses"][name], abs=1e-9), name
 
 
 def test_dpo_by_hand():
@@ -129,6 +153,9 @@ class TestEveryLoss:
         views = arguments(loss, toy["z"], toy["y"], toy["a"])
         tokens = sum(len(views[part].labels) for part in contract.parts)
         assert terms.shape == ((2,) if contract.unit == "sequence" else (tokens,))
+        assert terms.dtype == torch.float64
+        single = {name: z.float() for name, z in toy["z"].items()}
+        assert loss(**arguments(loss, single, toy["y"], toy["a"])).dtype == torch.float32
 
     def test_unscored_positions_get_no_gradient(self, loss, toy):
         contract = losses.contract(loss)
@@ -141,6 +168,15 @@ class TestEveryLoss:
                 scored = toy["a"][part].bool()
             gradient = z[part].grad.abs().sum(-1)
             assert (gradient[~scored] == 0).all() and gradient[scored].max() > 0
+
+    def test_packed_equals_padded(self, loss, toy):
+        z = {name: tensor.clone().requires_grad_() for name, tensor in toy["z"].items()}
+        parts = [z[part] for part in losses.contract(loss).parts]
+        padded, packed = (loss(**arguments(loss, z, toy["y"], toy["a"], make)) for make in (view, packed_view))
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-12)
+        gradients = (torch.autograd.grad(terms.mean(), parts) for terms in (padded, packed))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=1e-12)
 
     def test_padding_does_not_count(self, loss, toy):
         def wider(tensor, fill):
@@ -180,6 +216,24 @@ def test_numbers_have_no_home_in_the_code():
         assert all(p.default is p.empty for p in inspect.signature(loss).parameters.values())
 
 
+def test_contract_reads_signatures():
+    assert losses.contract(losses.dpo) == losses.Contract(
+        {"forget": "completion", "idk": "completion"},
+        {"ref_forget": "logp", "ref_idk": "logp"},
+        ("beta", "scale"),
+        "sequence",
+    )
+    assert losses.contract(losses.kl) == ({"retain": "attended"}, {"ref_retain": "attended"}, (), "token")
+    assert losses.contract(losses.kl_completion).refs == {"ref_retain": "completion"}
+    assert list(losses.contract(losses.idk).parts) == ["idk", "retain"]
+
+
+def test_idk_returns_refusal_terms_first(toy):
+    views = arguments(losses.idk, toy["z"], toy["y"], toy["a"])
+    terms = losses.idk(**views)
+    torch.testing.assert_close(terms[: len(views["idk"].labels)], losses.token_nll(views["idk"]))
+
+
 def test_contract_refuses():
     def unknown(forgotten: Scored) -> losses.PerToken: ...
 
@@ -187,6 +241,16 @@ def test_contract_refuses():
 
     def default(forget: Scored, *, beta: float = 1.0) -> losses.PerToken: ...
 
-    for loss, why in ((unknown, "neither a part"), (no_unit, "PerToken or PerSequence"), (default, "has a default")):
+    def no_view(forget) -> losses.PerToken: ...
+
+    def tensor(forget: Scored, retain: torch.Tensor) -> losses.PerToken: ...
+
+    for loss, why in (
+        (unknown, "neither a part"),
+        (no_unit, "PerToken or PerSequence"),
+        (default, "has a default"),
+        (no_view, "annotate forget as Scored"),
+        (tensor, "annotate retain as Scored"),
+    ):
         with pytest.raises(TypeError, match=why):
             losses.contract(loss)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
@@ -45,6 +46,45 @@ def test_golden_rows(model):
         if name not in ("Method", "Submitted By"):
             assert row[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
     assert metrics.to_csv([row]).splitlines()[0] == text.splitlines()[0]
+
+
+def test_worked_numbers():
+    """METHODS.md 6.1 and 6.3: mean losses of two rows, three wrong answers each."""
+    wrong = [np.array([1, 3, 2.6]), np.array([2, 1.5, 4])]
+    assert metrics.probability([0.801627, 0.941432]) == pytest.approx([0.448599, 0.390069], abs=1e-6)
+    assert metrics.probability([0.7, 1.2], wrong) == pytest.approx([0.502350, 0.444255], abs=1e-6)
+    log = one_log(1.0, [2.0])
+    for one in log.values():
+        one |= {
+            "avg_paraphrased_loss": {"0": 2.0, "1": 0.5},
+            "average_perturb_loss": dict(zip("01", wrong, strict=True)),
+        }
+    for kind, ratio, forget, retain in (
+        ("geometric", [0.818731, 0.135335], 0.477033, 0.522967),
+        ("arithmetic", [1.211658, 0.207069], 0.516192, 0.396466),
+    ):
+        assert np.exp(metrics.log_ratio([2.0, 0.5], wrong, kind)) == pytest.approx(ratio, abs=1e-6)
+        scores = metrics.utility(log, kind)
+        assert scores["Truth Ratio Forget"] == pytest.approx(forget, abs=1e-6)
+        assert scores["Truth Ratio Retain"] == pytest.approx(retain, abs=1e-6)
+
+
+def test_harmonic_mean():
+    """METHODS.md 6.4."""
+    nine = [0.9895, 0.9857, 0.4747, 0.4555, 0.9330, 0.5962, 0.4186, 0.8825, 0.5390]
+    assert metrics.harmonic_mean(nine) == pytest.approx(0.622684, abs=1e-6)
+    assert metrics.harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3) and metrics.harmonic_mean([0.5, 0.0]) == 0
+
+
+@pytest.mark.parametrize(("n", "least"), [(40, 1.86e-23), (200, 1.94e-119), (300, 1.48e-179), (400, 1.06e-239)])
+def test_forget_quality_is_exact(n, least):
+    """METHODS.md 6.5: two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
+    low, high = one_log(1.0, [2.0], rows=n), one_log(2.0, [1.0], rows=n)
+    quality = metrics.forget_quality(low, high)
+    assert quality.statistic == 1 and quality.n == n
+    assert quality.p_value == pytest.approx(2 / math.comb(2 * n, n), rel=1e-9)
+    assert quality.p_value == pytest.approx(least, rel=5e-3)
+    assert metrics.forget_quality(low, low).p_value == 1
 
 
 def one_log(right: float, wrong: list[float], rouge: float = 0.5, rows: int = 2) -> dict:
@@ -93,22 +133,80 @@ def test_lists_and_rows_of_unequal_numbers_of_wrong_answers():
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda log: log.clear(), "empty log"),
-        (lambda log: log.pop("eval_log.json"), "no eval_log.json"),
-        (lambda log: log["eval_log.json"].pop("avg_gt_loss"), "no avg_gt_loss"),
-        (
-            lambda log: log["eval_log_forget.json"]["avg_paraphrased_loss"].update({"1": math.nan}),
-            "row 1 is not a finite",
-        ),
+        (lambda log: log.clear(), "^an empty log"),
+        (lambda log: log.pop("eval_log_forget.json"), "^no eval_log_forget.json .*has eval_real_author"),
+        (lambda log: log.update({"eval_log_forget.json": [1]}), "^no eval_log_forget.json"),
+        (lambda log: forget(log).pop("avg_paraphrased_loss"), "no avg_paraphrased_loss"),
+        (lambda log: forget(log).update(avg_paraphrased_loss={}), "no avg_paraphrased_loss"),
+        (lambda log: forget(log)["avg_paraphrased_loss"].update({"1": math.nan}), "eval_log_forget.*of row 1 is nan"),
+        (lambda log: forget(log)["avg_paraphrased_loss"].update({"1": None}), "row 1 is None"),
+        (lambda log: forget(log)["avg_paraphrased_loss"].update({"1": "low"}), "row 1 is 'low'"),
+        (lambda log: forget(log)["average_perturb_loss"].update({"0": []}), "row 0 is .*not a list of finite"),
+        (lambda log: forget(log)["average_perturb_loss"].update({"0": [1.0, math.inf]}), "row 0 is .*not a list"),
+        (lambda log: forget(log)["average_perturb_loss"].update({"0": 1.0}), "row 0 is 1.0, not a list"),
+        (lambda log: forget(log)["average_perturb_loss"].pop("1"), "avg_paraphrased_loss has 2 rows and .* 1"),
+        (lambda log: forget(log)["avg_paraphrased_loss"].update({"last": 1.0}), "a row 'last'"),
     ],
 )
 def test_refusals(spoil, why):
+    """Every statistic refuses, whichever of the two logs is spoilt, in one line without a traceback's noise."""
     log = one_log(1.0, [2.0])
     spoil(log)
-    with pytest.raises(ValueError, match=why):
+    with pytest.raises(ValueError, match=why.replace("avg_paraphrased_loss has", "rougeL_recall has")):
         metrics.utility(log)
+    with pytest.raises(ValueError, match=why):
+        metrics.forget_quality(log, one_log(1.0, [2.0]))
+    with pytest.raises(ValueError, match="^retain log: .*" + why.replace("^", "")) as error:
+        metrics.leaderboard_row(one_log(1.0, [2.0]), log, "m", "me")
+    assert "\n" not in str(error.value)
+
+
+def forget(log: dict) -> dict:
+    return log["eval_log_forget.json"]
+
+
+def test_what_is_no_log_is_refused():
+    for log in ([], 3, "eval_log.json", None):
+        with pytest.raises(ValueError, match="not an aggregated log"):
+            metrics.utility(log)
+    with pytest.raises(ValueError, match="truth_ratio=harmonic: geometric or arithmetic"):
+        metrics.forget_quality(one_log(1.0, [2.0]), one_log(1.0, [2.0]), "harmonic")
 
 
 def test_other_rows_are_refused():
     with pytest.raises(ValueError, match=r"different rows \(2 and 3\).*ds_size=null"):
         metrics.forget_quality(one_log(1.0, [2.0], rows=2), one_log(1.0, [2.0], rows=3))
+
+
+def test_equally_many_rows_of_another_split_are_refused():
+    """Row numbers start at 0 in every split; the logged answers tell. The original logs them decoded and cut."""
+
+    def told(*answers: str) -> dict:
+        log = one_log(1.0, [2.0])
+        forget(log)["generated_text"] = {str(i): ["Q?", "...", answer] for i, answer in enumerate(answers)}
+        return log
+
+    whole = told("Born in Oslo, 1950.", "Her book is 'Tide'.")
+    assert metrics.forget_quality(whole, told("Born in Oslo , 1950", "Her book is")).p_value == 1
+    assert metrics.forget_quality(whole, one_log(1.0, [2.0])).p_value == 1  # nothing to tell by
+    with pytest.raises(ValueError, match="2 of 2 answers differ.*same split"):
+        metrics.forget_quality(whole, told("Her father fished.", "He writes in Malay."))
+
+
+def test_rows_are_paired_by_number():
+    """Text order puts row 10 before row 2; written in any order, the logs are the same."""
+    log, turned = one_log(1.0, [2.0], rows=12), one_log(1.0, [2.0], rows=12)
+    for one in (log, turned):
+        forget(one)["avg_paraphrased_loss"] = {str(i): 1.0 + i for i in range(12)}
+    forget(turned)["average_perturb_loss"] = dict(reversed(forget(turned)["average_perturb_loss"].items()))
+    assert list(metrics.rows(turned, metrics.FORGET, "average_perturb_loss")) == [str(i) for i in range(12)]
+    assert metrics.forget_quality(log, turned) == metrics.ForgetQuality(1.0, 0.0, 12)
+    assert metrics.utility(log) == metrics.utility(turned)
+
+
+def test_row_without_a_retain_log():
+    row = metrics.leaderboard_row(one_log(1.0, [2.0]), None, "a, b", "me")
+    assert row["Forget Quality"] is None and tuple(row) == metrics.COLUMNS
+    again = next(csv.DictReader(io.StringIO(metrics.to_csv([row]))))
+    assert again["Forget Quality"] == "" and again["Method"] == "a, b"
+    assert float(again["Model Utility"]) == row["Model Utility"]

@@ -1,0 +1,82 @@
+"""The leaderboard script as a user runs it: from another folder, on logs worked out by hand, on logs that are none."""
+
+import csv
+import json
+import math
+
+import pytest
+
+import metrics
+
+
+def write_log(path, right: float, wrong: list[float], rows: int = 2) -> None:
+    """An aggregated log whose rows are alike: mean losses `right` and `wrong`, ROUGE 1/2."""
+    values = {"avg_gt_loss": right, "avg_paraphrased_loss": right, "average_perturb_loss": wrong, "rougeL_recall": 0.5}
+    one = {name: {str(i): value for i in range(rows)} for name, value in values.items()}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({f"{task}.json": one for task in metrics.TASKS.values()}))
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """A folder with the oracle's log in A and a model's in B."""
+    write_log(tmp_path / "A" / "log.json", math.log(4), [math.log(2), math.log(2)])
+    write_log(tmp_path / "B" / "log.json", math.log(2), [math.log(4), math.log(8)])
+    return tmp_path
+
+
+def aggregate(launch, folder, *changed: str, check: bool = True):
+    args = ("retain_result=A/log.json", "ckpt_result=B/log.json", "method_name=grad_diff", "submitted_by=me")
+    return launch("aggregate_eval_stat.py", *args, "save_file=out/row.csv", *changed, cwd=folder, check=check)
+
+
+def test_by_hand(launch, logs):
+    """P = 1/2 against 1/4 and 1/8: R = 2 / sqrt(32). With two rows a side, wholly apart, p = 2 / C(4, 2) = 1/3."""
+    said = aggregate(launch, logs).stdout
+    (row,) = csv.DictReader((logs / "out" / "row.csv").open(newline=""))
+    assert tuple(row) == metrics.COLUMNS and (row["Method"], row["Submitted By"]) == ("grad_diff", "me")
+    ratio = 2 / math.sqrt(32)
+    expected = {f"ROUGE {name}": 0.5 for name in metrics.TASKS}
+    expected |= {"Prob. Retain": 0.5, "Prob. Forget": 0.5, "Prob. Real World": 4 / 7, "Prob. Real Authors": 4 / 7}
+    expected |= {f"Truth Ratio {name}": 1 - ratio for name in metrics.TASKS} | {"Truth Ratio Forget": ratio}
+    nine = [value for name, value in expected.items() if not name.endswith("Forget")]
+    expected |= {"Model Utility": 9 / sum(1 / x for x in nine), "Forget Quality": 1 / 3}
+    for name, value in expected.items():
+        assert float(row[name]) == pytest.approx(value, rel=1e-12), name
+    for name in metrics.COLUMNS:
+        assert name in said
+    assert "0.333333" in said and "replacing" not in said
+    assert {path.name for path in logs.iterdir()} == {"A", "B", "out"}
+    assert [path.name for path in (logs / "out").iterdir()] == ["row.csv"]
+
+    said = aggregate(launch, logs, "retain_result=B/log.json").stdout  # the model against itself, over the old file
+    (row,) = csv.DictReader((logs / "out" / "row.csv").open(newline=""))
+    assert "replacing out/row.csv" in said and float(row["Forget Quality"]) == 1
+
+
+BAD = {
+    "key": (["submitted_by=null"], ["submitted_by is missing"]),
+    "file": (["ckpt_result=C/log.json"], ["ckpt_result=C/log.json", "no such file"]),
+    "truncated": (["ckpt_result=cut.json"], ["ckpt_result=cut.json", "not whole JSON"]),
+    "other": (["ckpt_result=other.json"], ["ckpt_result=other.json", "no eval_real_author_wo_options.json", "loss"]),
+    "list": (["retain_result=list.json"], ["retain_result=list.json", "retain log: not an aggregated log"]),
+    "empty": (["ckpt_result=empty.json"], ["an empty log"]),
+    "rows": (["retain_result=three.json"], ["different rows (2 and 3)", "ds_size=null"]),
+    "folder": (["save_file=A"], ["save_file=A is a folder"]),
+    "itself": (["save_file=A/../B/log.json"], ["is one of the two logs"]),
+}
+
+
+@pytest.mark.parametrize(("changed", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_told_in_one_line(launch, logs, changed, said):
+    (logs / "cut.json").write_text((logs / "A" / "log.json").read_text()[:-9])
+    (logs / "other.json").write_text(json.dumps({"loss": {"0": 1.0}}))
+    (logs / "list.json").write_text("[1, 2]")
+    (logs / "empty.json").write_text("{}")
+    write_log(logs / "three.json", 1.0, [2.0], rows=3)
+    before = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    done = aggregate(launch, logs, *changed, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and line.startswith("error: ") and "Traceback" not in done.stdout
+    assert all(word in line for word in said), line
+    assert {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()} == before

@@ -1,0 +1,154 @@
+"""The real command lines, as a user types them: from another folder, alone and under torchrun, right and wrong."""
+
+import csv
+import json
+
+import pytest
+from conftest import SHARED, needs_shared
+from transformers import AutoModelForCausalLM
+
+SMALL = ("model_family=tiny", "data_path=data/mini", "engine=ddp")
+
+
+def error_of(done) -> str:
+    """The one line that a refused run says."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finetuned(launch, model_folder, tmp_path_factory):
+    """A run of forget.py from another folder: it leaves what the README says, and nothing elsewhere."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    launch(
+        "forget.py",
+        *(*SMALL, f"model_path={model_folder}", "split=forget05", "forget_loss=grad_diff", "lr=1e-3", "num_epochs=2"),
+        *("batch_size=4", "gradient_accumulation_steps=1", "eval_while_train=true", "eval.ds_size=3", "save_dir=run"),
+        cwd=folder,
+    )
+    return folder
+
+
+def test_a_run_leaves_its_files_and_nothing_else(finetuned):
+    assert [path.name for path in finetuned.iterdir()] == ["run"]
+    run = finetuned / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "versions.json", "finished.json", "trainer_state.json", "model.safetensors"}
+    assert names - {"checkpoint-5", "checkpoint-10"} == {name for name in names if (run / name).is_file()}
+    assert AutoModelForCausalLM.from_pretrained(run).config.model_type == "llama"
+    assert json.loads((run / "finished.json").read_text())["Model Utility"] >= 0
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"][0]
+    assert history["loss"] == pytest.approx(history["forget_loss"] + history["retain_loss"], abs=1e-6)
+
+
+def test_a_run_is_not_replaced_unless_told(finetuned, launch, model_folder):
+    args = (*SMALL, f"model_path={model_folder}", "split=forget05", "batch_size=4", "gradient_accumulation_steps=1")
+    said = error_of(launch("forget.py", *args, "save_dir=run", cwd=finetuned, check=False))
+    assert "save_dir=run exists" in said and "overwrite_dir=true" in said
+    said = error_of(launch("forget.py", *args, f"save_dir={model_folder.parent}", cwd=finetuned, check=False))
+    assert "which this run reads" in said
+    launch("forget.py", *args, "save_dir=run", "overwrite_dir=true", "num_epochs=1", cwd=finetuned)
+    assert not (finetuned / "run" / "checkpoint-5").exists()
+
+
+def test_evaluate_and_aggregate_with_two_processes(finetuned, launch, model_folder):
+    """The four logs are the same on one process and on two; the CSV has the leaderboard's columns."""
+    args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "ds_size=5", "split=forget10")
+    launch("evaluate_util.py", *args, "save_dir=one", cwd=finetuned)
+    launch("evaluate_util.py", *args, "save_dir=two", processes=2, cwd=finetuned)
+    name = "eval_log_aggregated.json"
+    one, two = (json.loads((finetuned / folder / name).read_text()) for folder in ("one", "two"))
+    for task, log in one.items():
+        assert two[task]["avg_gt_loss"] == pytest.approx(log["avg_gt_loss"], abs=1e-6)
+        assert two[task]["generated_text"] == log["generated_text"]
+    launch(
+        "aggregate_eval_stat.py",
+        *(
+            f"retain_result=one/{name}",
+            f"ckpt_result=two/{name}",
+            "method_name=m",
+            "submitted_by=me",
+            "save_file=out.csv",
+        ),
+        cwd=finetuned,
+    )
+    row = next(csv.DictReader((finetuned / "out.csv").open()))
+    assert float(row["Forget Quality"]) > 0.99 and row["Method"] == "m" and len(row) == 16
+
+
+def test_torchrun_sweep_under_zero3(launch, model_folder, tmp_path):
+    """-m, two jobs on two ranks."""
+    done = launch(
+        "forget.py",
+        *(
+            "-m",
+            *SMALL[:2],
+            "engine=zero3",
+            f"model_path={model_folder}",
+            "split=forget05",
+            "forget_loss=grad_ascent,idk",
+        ),
+        *("batch_size=4", "gradient_accumulation_steps=1", "num_epochs=1", "save_dir='out/${forget_loss.name}'"),
+        processes=2,
+        cwd=tmp_path,
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"grad_ascent", "idk"}, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path in (tmp_path / "out").iterdir():
+        assert (path / "finished.json").is_file()
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_help_explains_every_key(launch, tmp_path):
+    text = launch("forget.py", "--help", cwd=tmp_path).stdout
+    for key in ("forget_loss=grad_ascent", "LoRA.r=0", "eval.generation.max_length=200", "save_dir=", "engine=auto"):
+        line = next(line for line in text.splitlines() if line.strip().startswith(key))
+        assert len(line.split("  ")[-1]) > 10, line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "said"),
+    [
+        ("forget.py", ["lrr=1"], ["lrr is no key of forget.yaml", "did you mean lr"]),
+        ("forget.py", ["forget_loss=npoo"], ["npoo", "grad_ascent"]),
+        ("forget.py", ["batch_size=many"], ["batch_size", "many"]),
+        ("finetune.py", ["--config-name=finetune.yaml", "model_family=phy"], ["model_family=phy", "did you mean phi?"]),
+        ("finetune.py", [*SMALL, "data_path=nowhere"], ["data_path=nowhere", "no such folder"]),
+        ("finetune.py", ["model_family=llama2-7b"], ["NousResearch/Llama-2-7b-chat-hf", "hub"]),
+        ("aggregate_eval_stat.py", ["retain_result=x"], ["ckpt_result is missing"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1].split("=")[0],
+)
+def test_bad_input_is_told_in_one_line(launch, tmp_path, script, args, said):
+    line = error_of(launch(script, *args, cwd=tmp_path, check=False, timeout=60))
+    assert all(word in line for word in said), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_told_once_by_all_ranks(launch, tmp_path, model_folder):
+    """Found by Hydra, by the check, and by the data (four rows, in two processes of eight)."""
+    for args, said in (
+        (["lrr=1"], "lrr is no key"),
+        (["lr=0"], "lr=0"),
+        ([*SMALL, f"model_path={model_folder}", "split=forget01", "num_epochs=1"], "learning rate is 0"),
+    ):
+        done = launch("forget.py", *args, processes=2, cwd=tmp_path, check=False, timeout=60)
+        assert said in error_of(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_shared
+def test_aggregate_on_published_logs(launch, tmp_path):
+    logs = SHARED / "golden" / "real_logs"
+    pair = (f"retain_result={logs / 'llama2-7b_retain90.json'}", f"ckpt_result={logs / 'llama2-7b_full.json'}")
+    rest = ("method_name=full", "submitted_by=me", "save_file=out.csv")
+    launch("aggregate_eval_stat.py", *pair, *rest, cwd=tmp_path)
+    row = next(csv.DictReader((tmp_path / "out.csv").open()))
+    expected = json.loads((logs / "expected.json").read_text())["llama2-7b_full vs llama2-7b_retain90"]
+    assert float(row["Forget Quality"]) == pytest.approx(expected["Forget Quality"], rel=1e-9)
+    for name, value in expected["geometric"].items():
+        assert float(row[name]) == pytest.approx(value, abs=1e-9)
+    other = (f"retain_result={logs / 'llama2-7b_retain99.json'}", pair[1])
+    assert "different rows" in error_of(launch("aggregate_eval_stat.py", *other, *rest, cwd=tmp_path, check=False))

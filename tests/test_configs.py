@@ -1,0 +1,108 @@
+"""Every YAML of config/ composes, passes the check and explains itself: a new one is tested by being there."""
+
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+import schema
+from schema import CONFIG_DIR
+
+KINDS = {
+    "finetune": schema.Finetune,
+    "forget": schema.Forget,
+    "eval_everything": schema.Evaluate,
+    "aggregate_eval_stat": schema.Aggregate,
+}
+NEEDED = {  # what has no default
+    "eval_everything": ["model_path=owner/model"],
+    "aggregate_eval_stat": [f"{key}=x" for key in ("retain_result", "ckpt_result", "submitted_by", "method_name")]
+    + ["save_file=x.csv"],
+}
+ENTRIES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem != "model_config")
+METHODS = sorted(path.stem for path in (CONFIG_DIR / "forget_loss").glob("*.yaml"))
+
+
+def checked(name: str, *overrides: str) -> DictConfig:
+    """A config as its script gets it."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose(name, list(overrides))
+    return schema.check(cfg, KINDS[name.removesuffix("_lora")])
+
+
+def keys_of(cfg: DictConfig, prefix: str = "") -> set[str]:
+    """The dotted names of a config's leaves; an empty group is a leaf."""
+    found = set()
+    for key, value in cfg.items():
+        nested = isinstance(value, DictConfig) and len(value)
+        found |= keys_of(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}"}
+    return found
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_config_composes_and_checks(name):
+    cfg = checked(name, *NEEDED.get(name, []))
+    assert OmegaConf.is_readonly(cfg)
+    assert not OmegaConf.missing_keys(cfg)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_every_key_is_explained(name):
+    """--help has a line for each key of the composed config, and no other."""
+    cfg = checked(name, *NEEDED.get(name, []))
+    explained = {key: comment for key, _, comment in schema._explained(name)}
+    assert set(explained) - {"forget_loss"} == keys_of(cfg)
+    assert all(comment for comment in explained.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_composes_checks_and_is_explained(method):
+    cfg = checked("forget", f"forget_loss={method}")
+    assert cfg.forget_loss.name == method
+    assert cfg.save_dir.rpartition("/")[2] == f"{method}_{cfg.lr}_forget01_{cfg.num_epochs}"
+    explained = {key for key, _, _ in schema._explained("forget", {"forget_loss": method})}
+    assert {key for key in keys_of(cfg) if key.startswith("forget_loss.")} <= explained
+
+
+@pytest.mark.parametrize("name", list(schema._families()))
+def test_family(name):
+    found = schema.family(name)
+    assert found.question_start_tag and found.question_end_tag
+    assert found.end_token is None or found.end_token in found.question_end_tag
+    checked("finetune", f"model_family={name}")
+
+
+def test_defaults_are_the_benchmarks():
+    """The numbers that published runs were made with."""
+    finetune, forget, evaluate = checked("finetune"), checked("forget"), checked("eval_everything", "model_path=o/m")
+    assert (finetune.batch_size, finetune.gradient_accumulation_steps, finetune.max_grad_norm) == (16, 1, 0)
+    assert (forget.batch_size, forget.gradient_accumulation_steps, forget.max_grad_norm) == (16, 4, 0)
+    for cfg in (finetune, forget):
+        assert (cfg.lr, cfg.num_epochs, cfg.weight_decay, cfg.max_length, cfg.seed) == (1e-5, 5, 0.01, 500, 42)
+        assert (cfg.LoRA.r, cfg.LoRA.alpha, cfg.LoRA.dropout) == (0, 32, 0.05)
+    assert (evaluate.ds_size, evaluate.batch_size, evaluate.generation.max_length) == (300, 30, 200)
+    assert evaluate.split_list[3] == evaluate.split == "forget10_perturbed"
+
+
+@pytest.mark.parametrize("name", ["finetune", "forget"])
+def test_lora_config_differs_in_three_keys(name):
+    full, lora = checked(name), checked(f"{name}_lora")
+    assert {key for key in keys_of(full) if OmegaConf.select(full, key) != OmegaConf.select(lora, key)} == {
+        *("LoRA.r", "lr", "save_dir"),
+        *({"eval.save_dir"} if name == "forget" else set()),
+    }
+    assert (lora.LoRA.r, lora.lr) == (8, 1e-4)
+
+
+def test_lora_and_full_runs_of_one_setting_have_different_folders():
+    for name in ("finetune", "forget"):
+        assert checked(name, "lr=1e-4").save_dir != checked(f"{name}_lora").save_dir
+
+
+def test_deepspeed_config_leaves_to_the_trainer_what_our_keys_say():
+    config = json.loads((CONFIG_DIR / "ds_config.json").read_text())
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    assert config["gradient_clipping"] == "auto" and config["bf16"]["enabled"] == "auto"
+    assert not {"optimizer", "scheduler", "fp16"} & set(config)

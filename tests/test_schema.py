@@ -1,0 +1,299 @@
+"""What check() refuses and how it says so, which keys follow which, and the command line around a script."""
+
+import logging
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+from test_configs import checked
+
+import schema
+import utils
+from utils import BadInput
+
+EVALUATE = ("eval_everything", "model_path=owner/model")
+
+
+def refused(name: str, *overrides: str) -> str:
+    with pytest.raises(BadInput) as error:
+        checked(name, *overrides)
+    line = str(error.value)
+    assert "\n" not in line and "full_key" not in line, line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model_family=phy", "model_family=phy is unknown (did you mean phi?): it may be tiny, "),
+        ("engine=zero", "engine=zero is unknown (did you mean zero3?): it may be auto, ddp, "),
+        ("precision=fp16", "it may be auto, fp32, bf16"),
+        ("engine=fsdp", "start it with torchrun"),
+        ("lr=0", "lr=0.0: it must be above 0"),
+        ("lr=nan", "lr=nan: it must be above 0"),
+        ("lr=fast", "lr=fast: it must be a number"),
+        ("lr=null", "lr is missing: it must be a number"),
+        ("batch_size=0", "batch_size=0: it must be at least 1"),
+        ("batch_size=1.5", "batch_size=1.5: it must be a whole number"),
+        ("num_epochs=0", "num_epochs=0: it must be at least 1"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps=0"),
+        ("logging_steps=0", "logging_steps=0"),
+        ("max_length=1", "max_length=1: it must be at least 2"),
+        ("weight_decay=-1", "weight_decay=-1.0: it must be at least 0"),
+        ("max_grad_norm=-1", "max_grad_norm=-1.0: it must be at least 0"),
+        ("seed=-1", "seed=-1: it must be at least 0"),
+        ("seed=4294967296", "below 2**32"),
+        ("LoRA.r=-1", "LoRA.r=-1: it must be at least 0"),
+        ("LoRA.dropout=1", "LoRA.dropout=1.0: it must be below 1"),
+        ("LoRA=8", "LoRA=8: it is a group of keys, LoRA.r, LoRA.alpha, LoRA.dropout"),
+        ("+LoRA.rank=8", "LoRA.rank is no key"),
+        ("data_path=[a,b]", "data_path=['a', 'b']: it must be a text"),
+        ("overwrite_dir=maybe", "overwrite_dir=maybe: it must be true or false"),
+        ("ds_config=nowhere.json", "ds_config=nowhere.json: no such file"),
+        ("+epochs=3", "epochs is no key (did you mean num_epochs?): there are model_family, "),
+    ],
+)
+def test_finetune_and_forget_refuse(override, said):
+    for name in ("finetune", "forget"):
+        assert said in refused(name, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["split=full"], "split=full: forget01, forget05 or forget10; or name the rows to keep too: retain_split=..."),
+        (["split=forget10_perturbed"], "split=forget10_perturbed: forget01"),
+        (["split=forget00"], "split=forget00"),
+        (["model_family=stablelm"], "model_path is missing and stablelm has no ft_model_path"),
+        (["forget_loss.forget=npoo"], "forget_loss.forget=npoo is unknown (did you mean "),
+        (["forget_loss.retain=grad_ascent"], "forget_loss.retain=grad_ascent is unknown: it may be nll, kl"),
+        (["+forget_loss.forget_args.beta=1"], "forget_loss.forget_args=['beta']: grad_ascent takes none"),
+        (["forget_loss=dpo", "~forget_loss.forget_args.beta"], "['scale']: dpo takes beta, scale"),
+        (["forget_loss=dpo", "forget_loss.forget_args.beta=x"], "forget_args.beta=x: it must be a number"),
+        (["forget_loss=dpo", "forget_loss.forget_args.beta=null"], "it must be a number"),
+        (["forget_loss.forget_weight=nan"], "forget_loss.forget_weight=nan"),
+        (["eval.batch_size=0"], "eval.batch_size=0: it must be at least 1"),
+        (["eval.data_path=[a,b]"], "eval.data_path has 2 entries and eval.eval_task 4"),
+    ],
+)
+def test_forget_refuses(overrides, said):
+    assert said in refused("forget", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ds_size=0", "ds_size=0: it must be at least 1"),
+        ("generation.max_new_tokens=0", "generation.max_new_tokens=0"),
+        ("generation.max_length=1", "generation.max_length=1"),
+        ("split_list=[a,b]", "split_list has 2 entries and eval_task 4: the lists are parallel"),
+        ("eval_task=[a,a,b,c]", "eval_task=['a', 'a', 'b', 'c']: it must name a log for each set, none twice"),
+        ("question_key=null", "question_key="),
+        ("question_key=[a,b,c,[d]]", "it must be a text, or a list of one for each set"),
+        ("model_path=null", "model_path is missing: name the model to evaluate, model_path=..."),
+    ],
+)
+def test_evaluation_refuses(override, said):
+    assert said in refused(*EVALUATE, override)
+
+
+def test_aggregation_names_what_is_missing():
+    assert "ckpt_result is missing" in refused("aggregate_eval_stat", "retain_result=x")
+
+
+def test_fsdp_is_taken_with_two_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert checked("finetune", "engine=fsdp").engine == "fsdp"
+
+
+def test_eval_follows_its_run():
+    cfg = checked("forget", "model_family=phi", "model_path=o/m", "split=forget05", "data_path=d", "precision=fp32")
+    assert (cfg.eval.model_family, cfg.eval.model_path, cfg.eval.precision) == ("phi", "o/m", "fp32")
+    assert cfg.eval.save_dir == cfg.save_dir
+    assert cfg.eval.split == cfg.eval.split_list[3] == "forget05_perturbed"
+    assert list(cfg.eval.data_path) == ["d"] * 4
+    assert checked("forget", "model_path=o/m", "eval.split=forget10").eval.split_list[3] == "forget10_perturbed"
+
+
+def test_method_sets_what_the_command_line_does_not():
+    cfg = checked("forget", "forget_loss.lr=3e-5", "forget_loss.num_epochs=2")
+    assert (cfg.lr, cfg.num_epochs) == (3e-5, 2)
+    assert checked("forget", "forget_loss.lr=3e-5", "lr=1e-4").lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("split", "retain"), [("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")]
+)
+def test_retain_split_completes_the_forget_split(split, retain):
+    assert checked("forget", f"split={split}").retain_split == retain
+    assert checked("forget", f"split={split}", "retain_split=mine").retain_split == "mine"
+
+
+def test_own_split_needs_an_own_retain_split():
+    assert checked("forget", "split=mine", "retain_split=rest").retain_split == "rest"
+
+
+def test_one_text_stands_for_a_list_of_equal_ones():
+    cfg = checked(*EVALUATE, "data_path=d", "perturbed_answer_key=[a,b,c,d]", "split=forget01")
+    assert list(cfg.data_path) == ["d"] * 4 and list(cfg.question_key) == ["question"] * 4
+    assert list(cfg.perturbed_answer_key) == ["a", "b", "c", "d"]
+    assert list(cfg.split_list)[3] == "forget01_perturbed"
+    single = checked(*EVALUATE, "eval_task=log", "split_list=forget10", "base_answer_key=answer")
+    assert list(single.split_list) == ["forget10_perturbed"] and list(single.eval_task) == ["log"]
+
+
+def test_home_is_the_model_folder_or_runs(tmp_path, monkeypatch):
+    """Nothing is ever saved in a folder named like a hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert checked("forget").save_dir == "runs/tofu_ft_llama2-7b/grad_ascent_1e-05_forget01_5"
+    assert checked("forget", "model_path=owner/model").save_dir.startswith("runs/model/")
+    assert checked("forget", "model_path=mine").save_dir.startswith("mine/")
+    assert checked("forget", f"model_path={tmp_path}/mine").save_dir.startswith(f"{tmp_path}/mine/")
+    assert checked("eval_everything", "model_path=mine").save_dir == "mine/eval_results/ds_size300"
+    assert checked(*EVALUATE, "ds_size=20").save_dir == "runs/model/eval_results/ds_size20"
+
+
+def test_home_of_what_the_repository_ships(tmp_path, monkeypatch):
+    """Found from any working directory, unless the user has a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    shipped = utils.REPO / "data" / "mini"
+    assert schema.home("data/mini", "tiny") == str(shipped)
+    (tmp_path / "data" / "mini").mkdir(parents=True)
+    assert schema.home("data/mini", "tiny") == "data/mini"
+
+
+@pytest.mark.parametrize("how", ["use_pretrained=true", "reinitialize_weights=true"])
+def test_what_is_not_the_finetuned_model_is_not_saved_with_it(how):
+    cfg = checked("eval_everything", "model_family=phi", how)
+    assert cfg.model_path == "microsoft/phi-1_5" and cfg.save_dir == "runs/phi-1_5/eval_results/ds_size300"
+
+
+def test_pretrained_goes_before_model_path():
+    cfg = checked(*EVALUATE, "model_family=phi", "use_pretrained=true")
+    assert cfg.model_path == "microsoft/phi-1_5" and cfg.save_dir.startswith("runs/phi-1_5/")
+
+
+def test_families_are_typed(monkeypatch):
+    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**schema._families()["phi"], "tag": 1}})
+    monkeypatch.setattr(schema, "_families", lambda: broken)
+    with pytest.raises(BadInput, match="a has no answer_tag"):
+        schema.family("a")
+    with pytest.raises(BadInput, match="b: Key 'tag' not in 'Family'"):
+        schema.family("b")
+
+
+class TestEntry:
+    """entry() in this process; test_cli.py runs the real scripts."""
+
+    @pytest.fixture
+    def command(self, monkeypatch, tmp_path, capsys):
+        """Run a command line of a script whose job notes what it got: (exit code, stdout, stderr, jobs)."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(schema, "_log", lambda: None)  # it would replace pytest's handlers
+        monkeypatch.setattr(schema, "PATIENCE", 0)
+
+        def run(*args: str, job=None, name: str = "forget"):
+            jobs = []
+
+            @schema.entry(name, after=lambda: jobs.append("after"))
+            def main(cfg):
+                """Run one job."""
+                jobs.append(cfg)
+                assert sys.argv == ["forget.py", *args], "a run's record holds what the user typed"
+                if job is not None:
+                    job(schema.check(cfg, schema.Forget))
+
+            monkeypatch.setattr(sys, "argv", ["forget.py", *args])
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            assert list(tmp_path.iterdir()) == []
+            out, err = capsys.readouterr()
+            return code, out, err, jobs
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (["lrr=3"], "lrr is no key of forget.yaml (did you mean lr?): there are forget_loss, eval, "),
+            (["eval.dssize=3"], "(did you mean eval.ds_size"),
+            (["forget_loss=dpoo"], "forget_loss=dpoo is unknown (did you mean dpo?): it may be KL, dpo, "),
+            (["forget_loss=dpoo", "--help"], "forget_loss=dpoo is unknown"),
+            (["forget_loss.forget_args={beta: 1}"], "forget_loss.forget_args.beta is no key"),
+            (["--config-name=forgets.yaml"], "--config-name=forgets is unknown (did you mean forget?): it may be "),
+            (["--config-name", "forgets", "--help"], "--config-name=forgets is unknown"),
+            (["lr"], "lr is no key=value"),
+            (["lr=[1"], "lr=[1 is no key=value"),
+            (["split=forget01,forget05"], "--multirun"),
+            (["--nonsense"], "unrecognized arguments: --nonsense"),
+            (["model_family=phy", "--cfg", "job", "--resolve"], "model_family=phy is unknown"),
+        ],
+    )
+    def test_errors_before_the_job_are_one_line(self, command, args, said):
+        code, out, err, jobs = command(*args)
+        assert (code, out, jobs) == (2, "", [])
+        assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+    def test_bad_input_in_the_job_is_one_line(self, command):
+        code, out, err, jobs = command("lr=0", job=lambda cfg: None)
+        assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")
+        assert "after" not in jobs
+
+    def test_a_bug_keeps_its_traceback(self, command):
+        """Also where its type is one that a bad command line raises."""
+        with pytest.raises(ConfigAttributeError):
+            command(job=lambda cfg: cfg.no_such_key)
+        with pytest.raises(ZeroDivisionError):
+            command(job=lambda cfg: 1 / 0)
+
+    def test_options_stand_anywhere(self, command):
+        code, _, _, (cfg, _) = command("split=forget05", "--config-name=forget_lora.yaml", "LoRA.alpha=16")
+        assert (code, cfg.split, cfg.LoRA.r, cfg.LoRA.alpha) == (0, "forget05", 8, 16)
+
+    def test_sweep_runs_every_job(self, command):
+        code, _, _, jobs = command("-m", "forget_loss=KL,dpo", "split=forget01,forget10")
+        assert code == 0 and jobs[1::2] == ["after"] * 4
+        assert [(cfg.forget_loss.name, cfg.split) for cfg in jobs[::2]] == [
+            *(("KL", "forget01"), ("KL", "forget10"), ("dpo", "forget01"), ("dpo", "forget10")),
+        ]
+
+    def test_cfg_shows_the_config(self, command):
+        code, out, _, jobs = command("--cfg", "job", "lr=3")
+        assert code == 0 and jobs == [] and OmegaConf.create(out).lr == 3
+
+    def test_help_explains_the_chosen_method_and_config(self, command):
+        code, out, _, jobs = command("forget_loss=dpo", "--help", "--config-name=forget_lora.yaml")
+        assert code == 0 and jobs == []
+        assert "forget_loss.forget_args.beta=0.1 " in out and "LoRA.r=8 " in out and "config/forget_lora.yaml" in out
+
+    def test_other_ranks_wait_before_they_speak(self, command, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        waited = []
+        monkeypatch.setattr(schema.time, "sleep", waited.append)
+        assert command("lrr=3")[0] == 2 and command("lr=0", job=lambda cfg: None)[0] == 2
+        assert waited == [schema.PATIENCE] * 2
+        assert command("--help")[1] == ""
+
+    def test_what_hydra_warned_of_is_passed_on_once(self, command, monkeypatch):
+        monkeypatch.setattr(schema.hydra, "main", lambda **_: lambda job: lambda: sys.stderr.write("careful\n"))
+        assert command()[2] == "careful\n"
+        monkeypatch.setenv("RANK", "1")
+        assert command()[2] == ""
+
+
+def test_only_rank_0_logs(monkeypatch, capsys):
+    before, level = logging.root.handlers[:], logging.root.level
+    try:
+        for rank, expected in (("0", "said\n"), ("1", "")):
+            monkeypatch.setenv("RANK", rank)
+            schema._log()
+            logging.getLogger("ours").info("said")
+            assert capsys.readouterr().out.endswith(expected)
+    finally:
+        logging.root.handlers[:] = before
+        logging.root.setLevel(level)
