@@ -5,6 +5,7 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 """
 
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -38,8 +39,8 @@ class Sample(NamedTuple):
     The end token is the last target of an answer that was not cut; it is never read.
     """
 
-    input_ids: list[int]
-    targets: list[int]  # IGNORE at prompt positions
+    input_ids: tuple[int, ...]
+    targets: tuple[int, ...]  # IGNORE at prompt positions
     cut: bool  # whether max_length left no room for all of the answer and its end token
 
 
@@ -70,7 +71,16 @@ def load_rows(data_path: str, split: str, columns: Sequence[str], first: int | N
     names = datasets.get_dataset_config_names(path)
     if split not in names:
         raise BadInput(f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}")
-    table = datasets.load_dataset(path, split, split="train")
+    with tempfile.TemporaryDirectory() as fresh:
+        # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
+        cache = {"cache_dir": fresh} if utils.is_local(data_path) else {}
+        table = datasets.load_dataset(path, split, split="train", **cache)
+        return _rows(table, data_path, split, columns, first)
+
+
+def _rows(
+    table: datasets.Dataset, data_path: str, split: str, columns: Sequence[str], first: int | None
+) -> list[dict[str, Any]]:
     if missing := [name for name in columns if name not in table.column_names]:
         raise BadInput(f"{data_path}, {split}: no column {', '.join(missing)} (it has {', '.join(table.column_names)})")
     if not len(table):
@@ -114,7 +124,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer
             f"max_length={max_length} leaves no token of an answer: its question alone has {border} tokens "
             f"({question[:60]!r}); raise max_length"
         )
-    return Sample(ids[:-1], [IGNORE] * (border - 1) + ids[border:], cut)
+    return Sample(tuple(ids[:-1]), (*[IGNORE] * (border - 1), *ids[border:]), cut)
 
 
 def collate(
@@ -137,8 +147,8 @@ def collate(
     length = max(len(sample.input_ids) for sample in samples)
     lengths = torch.tensor([len(sample.input_ids) for sample in samples])
 
-    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-        return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    def padded(rows: list[tuple[int, ...]], value: int) -> torch.Tensor:
+        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
     attention_mask = torch.arange(length) < lengths[:, None]  # from lengths: an end token inside a prompt stays visible
     targets = padded([sample.targets for sample in samples], IGNORE)

@@ -4,10 +4,8 @@ What a loss needs follows from its signature (`losses.contract`): the parts of t
 reference. The file's name is TOFU's.
 """
 
-import json
+import copy
 import logging
-import os
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 
+import evaluate_util
 import losses
 import models
 import utils
-from data_module import EpochLoader, GlobalBatches, Sample, collate
+from data_module import EpochLoader, GlobalBatches, Sample, Slot, TrainingSet, collate
 from losses import Scored
+from models import Engine
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,9 @@ def parts_of(terms: list[Term]) -> list[str]:
     return list(dict.fromkeys(part for term in terms for part in term.contract.parts))
 
 
-def needs_reference(terms: list[Term]) -> bool:
-    """Whether any term compares with the starting model."""
-    return any(term.contract.refs for term in terms)
+def references(terms: list[Term]) -> set[str]:
+    """What of the starting model the terms compare with: "logp" of sequences, "live" distributions, or nothing."""
+    return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
 
 
 class TofuTrainer(Trainer):
@@ -72,15 +73,23 @@ class TofuTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # tells the Trainer not to divide by the accumulation steps
 
-    def __init__(self, *, terms: list[Term], reference: PreTrainedModel | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        terms: list[Term],
+        reference: torch.nn.Module | None = None,
+        logps: dict[Sample, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As `transformers.Trainer`, and:
 
         Args:
             terms: the objective.
-            reference: the frozen starting model, placed and sharded like `model`; None where no term needs one, or
-                where it is `model` with its adapters off.
+            reference: the frozen starting model, placed and sharded like `model`; None where no term needs one live,
+                or where it is `model` with its adapters off.
+            logps: the starting model's sequence log-probabilities, where a term needs them: `reference_logps`.
         """
-        self.terms, self.reference = terms, reference
+        self.terms, self.reference, self.logps = terms, reference, logps
         self.attended = frozenset(p for t in terms for p, view in t.contract.parts.items() if view == "attended")
         super().__init__(data_collator=self._collate, **kwargs)
         self._running: dict[str, Tensor] = {}
@@ -88,7 +97,10 @@ class TofuTrainer(Trainer):
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
         names = items[0][0]
         parts = {name: [parts[name] for parts, _ in items] for name in names}
-        return collate(parts, [weight for _, weight in items], self.attended)
+        batch = collate(parts, [weight for _, weight in items], self.attended)
+        for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
+            batch[name] = torch.tensor([self.logps[sample] for sample in parts[name.removeprefix("ref_")]])
+        return batch
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's share of every global micro-batch. Not given to accelerate, whose even_batches repeats rows."""
@@ -133,31 +145,47 @@ class TofuTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, None]:
         """The objective's share of this micro-batch: one forward, then the terms."""
         views = {**self._reference_views(model, inputs), **models.score(model, inputs)}
-        total = 0.0
+        total, shares = 0.0, {}
         for k, term in enumerate(self.terms):
             contract = term.contract
             values = term.function(**{name: views[name] for name in (*contract.parts, *contract.refs)}, **term.args)
             share = (values * torch.cat(self._weights(term, inputs))).sum() / num_items_in_batch[k]
             share = share.float() * self.accelerator.num_processes
-            self._running[term.name] = self._running.get(term.name, 0.0) + share.detach()
+            shares[term.name] = share.detach()
             total = total + term.weight * share
+        self._stop_if_not_finite(shares)
+        for name, share in shares.items():
+            self._running[name] = self._running.get(name, 0.0) + share
         return (total, None) if return_outputs else total
+
+    def _stop_if_not_finite(self, shares: dict[str, Tensor]) -> None:
+        """Stop the run on all ranks if a term is NaN or infinite on any; nothing has been written of it yet.
+
+        Raises:
+            BadInput: with the step, the term and the remedy.
+        """
+        bad = torch.stack([(~share.isfinite()).float() for share in shares.values()])
+        for name, count in zip(shares, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
+            if count:
+                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and reports
+                raise BadInput(
+                    f"step {self.state.global_step + 1}: the {name} term is no longer finite: the model has diverged; "
+                    f"take a smaller lr than {self.args.learning_rate}, fewer epochs, or max_grad_norm=1"
+                )
 
     @torch.no_grad()
     def _reference_views(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Scored | Tensor]:
         """`ref_*` by name: the starting model's sequence log-probabilities (B,), or its view of the same positions."""
         refs = {name: kind for term in self.terms for name, kind in term.contract.refs.items()}
-        if not refs:
-            return {}
+        known = {name: inputs[name].float() for name, kind in refs.items() if kind == "logp"}
+        if len(known) == len(refs):
+            return known
         if self.reference is not None:
             views = models.score(self.reference, inputs)
         else:
             with models.adapter_off(model):
                 views = models.score(model, inputs)
-        views = {f"ref_{part}": view for part, view in views.items()}
-        return {
-            name: losses.sequence_logp(views[name]) if kind == "logp" else views[name] for name, kind in refs.items()
-        }
+        return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, each a mean over the steps since the last line, to the Trainer's own numbers."""
@@ -182,20 +210,9 @@ class EachEpoch(TrainerCallback):
         self.evaluate(state.global_step)
 
 
-def resolve_engine(name: str) -> str:
-    """`auto` made definite: ZeRO-3 where several GPUs share the work, as the published runs did; else DDP."""
-    if name == "auto":
-        name = "zero3" if torch.cuda.is_available() and utils.world_size() > 1 else "ddp"
-    if name == "fsdp" and utils.world_size() < 2:
-        raise BadInput(
-            "engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
-        )
-    return name
-
-
 # the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are
 ARGUMENTS = (
-    *("ds_config", "precision", "batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
+    *("batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
     *("max_grad_norm", "optim", "seed", "report_to", "logging_steps"),
 )
 
@@ -204,10 +221,8 @@ def arguments(
     save_dir: str | Path,
     *,
     samples: int,
-    engine: str,
+    engine: Engine,
     gradient_checkpointing: bool,
-    ds_config: str | None,
-    precision: str,
     batch_size: int,
     gradient_accumulation_steps: int,
     num_epochs: int,
@@ -223,27 +238,19 @@ def arguments(
 
     Args:
         samples: rows in an epoch; sets the warm-up of one epoch.
-        engine: ddp, zero2, zero3 or fsdp, as `resolve_engine` gave it.
-        ds_config: a DeepSpeed json; None for the repository's.
 
     Raises:
-        BadInput: more processes than rows; fewer than two optimiser steps, of which the first has learning rate 0.
+        BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
+            an optimiser or another value that transformers does not know.
     """
     if samples < utils.world_size():
         raise BadInput(f"{utils.world_size()} processes share {samples} rows: start at most {samples}")
-    step = batch_size * gradient_accumulation_steps * utils.world_size()
-    per_epoch = -(-samples // step)
-    if per_epoch * num_epochs < 2:
-        raise BadInput(
-            f"{samples} rows in batches of {step} (batch_size * gradient_accumulation_steps * processes) make 1 step "
-            f"in num_epochs={num_epochs}, and its learning rate is 0: take smaller batches or num_epochs=2 or more"
-        )
-    deepspeed = None
-    if engine in ("zero2", "zero3"):
-        path = Path(utils.find(ds_config)) if ds_config else utils.REPO / "config" / "ds_config.json"
-        deepspeed = json.loads(path.read_text())
-        deepspeed["zero_optimization"]["stage"] = int(engine[-1])
-        _stand_alone()
+    per_epoch = _steps(samples, batch_size * gradient_accumulation_steps)
+    if per_epoch * num_epochs < MOVING + 1:
+        raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
+    choice_of_optim = sorted(name.value for name in OptimizerNames)
+    if optim not in choice_of_optim:
+        raise BadInput(f"optim={optim} is unknown: it may be {', '.join(choice_of_optim)}")
     return TrainingArguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,
@@ -260,7 +267,7 @@ def arguments(
         logging_steps=logging_steps,
         logging_nan_inf_filter=False,  # on by default, it hides a loss that has become NaN
         save_strategy="no",
-        bf16=models.wants_bf16(precision),
+        bf16=engine.bf16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -268,48 +275,69 @@ def arguments(
         remove_unused_columns=False,
         log_level="warning",
         log_level_replica="error",
-        deepspeed=deepspeed,
+        deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
     )
 
 
-def _stand_alone() -> None:
-    """Tell DeepSpeed, which asks MPI otherwise, that a process without a launcher is alone."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0
 
 
-def load_model(path: str, engine: str, precision: str, lora: Any, attention: str | None) -> PreTrainedModel:
+def _steps(samples: int, per_process: int) -> int:
+    """Optimiser steps in an epoch, the last one perhaps over fewer samples."""
+    return -(-samples // (per_process * utils.world_size()))
+
+
+def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> str:
+    """The line that refuses such a run, with the batch size that would work."""
+    said = (
+        f"batch_size={batch_size}: {samples} rows, gradient_accumulation_steps={accumulation}, {utils.world_size()} "
+        f"processes and num_epochs={num_epochs} make fewer than {MOVING} steps with a learning rate above 0"
+    )
+    for cut in (accumulation, 1):
+        for size in range(batch_size, 0, -1):
+            if _steps(samples, size * cut) * num_epochs > MOVING:
+                return f"{said}: take batch_size={size}" + (
+                    " gradient_accumulation_steps=1" if cut < accumulation else ""
+                )
+    return f"{said}: take num_epochs={-(-(MOVING + 1) // _steps(samples, 1))}"
+
+
+def load_model(path: str, engine: Engine, lora: Any, flash_attention2: bool) -> PreTrainedModel:
     """The model to train: float32 weights, or adapters in float32 on a base in the precision of the computation."""
-    bf16 = models.wants_bf16(precision)
-    dtype = torch.bfloat16 if bf16 and lora.r else torch.float32
-    model = models.load(path, attention=attention, dtype=dtype, shard=engine == "fsdp", bf16_compute=bf16)
+    model = models.load(
+        path,
+        flash_attention2=flash_attention2,
+        dtype=torch.bfloat16 if engine.bf16 and lora.r else torch.float32,
+        shard=engine.name == "fsdp",
+        bf16_compute=engine.bf16,
+    )
     return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
 
-def load_reference(path: str, engine: str, args: TrainingArguments, attention: str | None) -> PreTrainedModel:
-    """A frozen copy of the starting model, sharded where the engine shards."""
-    dtype = torch.bfloat16 if args.bf16 and engine != "fsdp" else torch.float32
-    model = models.load(path, attention=attention, dtype=dtype, shard=engine == "fsdp", bf16_compute=args.bf16)
-    model.requires_grad_(False)
-    model.eval()
-    if engine == "zero3":
-        import deepspeed
+@torch.no_grad()
+def reference_logps(
+    model: torch.nn.Module, data: TrainingSet, terms: list[Term], num_epochs: int, batch_size: int, sharded: bool
+) -> dict[Sample, float]:
+    """The starting model's log-probability of every sequence that a run will compare with it, so that it can go.
 
-        config = {
-            "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-            "zero_optimization": {**args.hf_deepspeed_config.config["zero_optimization"]},
-            "bf16": {"enabled": args.bf16},
-        }
-        reference = deepspeed.initialize(model=model, config=config)[0]
-        reference.eval()
-        return reference
-    return model if engine == "fsdp" else model.to(args.device)
+    Which refusal a row gets in which epoch follows from the seed, so all sequences of all epochs are known beforehand.
 
+    Args:
+        model: the starting model, frozen and in place.
+        terms: the objective; only its `ref_*: Tensor` are looked at.
+        batch_size: sequences in one forward.
+        sharded: whether the ranks share one model.
 
-def is_sharded(engine: str) -> bool:
-    """Whether the ranks share one model, so that all must run every forward together."""
-    return engine in ("zero3", "fsdp")
+    Returns:
+        Sample -> nats, on every rank.
+    """
+    parts = {ref.removeprefix("ref_") for term in terms for ref, kind in term.contract.refs.items() if kind == "logp"}
+    slots = [Slot(epoch, place, 1.0) for epoch in range(num_epochs) for place in range(len(data))]
+    samples = sorted({data[slot][0][part] for slot in slots for part in parts}, key=lambda s: (len(s.input_ids), s))
+    batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
+    found = {}
+    for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
+        inputs = evaluate_util.to_device(collate({"forget": batch}), model.device)
+        logps = losses.sequence_logp(models.score(model, inputs)["forget"])
+        found.update(zip(batch, logps.tolist(), strict=True))
+    return evaluate_util.merge(found)

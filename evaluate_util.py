@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
 import numpy as np
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -64,16 +63,8 @@ def load_sets(cfg: DictConfig) -> list[EvalSet]:
     Raises:
         BadInput: missing data, split or column.
     """
-    keys = (
-        "split_list",
-        "data_path",
-        "eval_task",
-        "question_key",
-        "answer_key",
-        "base_answer_key",
-        "perturbed_answer_key",
-    )
-    sets = []
+    sets, lists = [], ("split_list", "data_path", "eval_task")
+    keys = (*lists, "question_key", "answer_key", "base_answer_key", "perturbed_answer_key")
     for split, data_path, task, *columns in zip(*(cfg[key] for key in keys), strict=True):
         rows = data_module.load_rows(data_path, split, columns, cfg.ds_size)
         sets.append(EvalSet(task, rows, *columns))
@@ -90,29 +81,28 @@ def load_retain_log(cfg: DictConfig, sets: Sequence[EvalSet]) -> dict[str, dict]
         _tell_how(cfg)
         return None
     retain = utils.read_json(cfg.retain_result, "retain_result")
-    name = f"{metrics.FORGET}.json"
-    if not isinstance(retain, dict) or name not in retain:
-        raise BadInput(f"retain_result={cfg.retain_result} holds no {name}: give an {AGGREGATED}")
-    have, want = len(retain[name].get("avg_paraphrased_loss", ())), {data.task: len(data.rows) for data in sets}
-    if metrics.FORGET in want and have != want[metrics.FORGET]:
-        raise BadInput(
-            f"retain_result={cfg.retain_result} has {have} rows and this forget set {want[metrics.FORGET]}: p-values "
-            "need the same rows on both sides; evaluate both with the same split and ds_size"
-        )
+    for data in sets:
+        if data.task == metrics.FORGET:
+            shell = {str(i): ["", "", row[data.answer_key]] for i, row in enumerate(data.rows)}
+            ours = {f"{metrics.FORGET}.json": {metrics.RIGHT: shell, "generated_text": shell}}
+            try:
+                metrics.same_rows(ours, retain)
+            except ValueError as error:
+                raise BadInput(f"retain_result={cfg.retain_result}: {error}") from None
     return retain
 
 
 def _tell_how(cfg: DictConfig) -> None:
     percent = "".join(c for c in cfg.split if c.isdigit())
     retain = f"retain{100 - int(percent)}" if percent else "the retain split"
-    made = f"runs/{cfg.model_family}/{retain}"
+    made, data = f"runs/{cfg.model_family}/{retain}", cfg.data_path[-1]
     log.info(
         "no forget quality: retain_result is missing, the log of a model finetuned on %s alone. Two commands make it: "
-        "(1) python finetune.py model_family=%s split=%s save_dir=%s "
-        "(2) python evaluate_util.py model_family=%s model_path=%s split=%s; "
+        "(1) python finetune.py model_family=%s data_path=%s split=%s save_dir=%s "
+        "(2) python evaluate_util.py model_family=%s data_path=%s model_path=%s split=%s; "
         "then retain_result=%s/eval_results/ds_size%s/%s",
-        *(retain, cfg.model_family, retain, made),
-        *(cfg.model_family, made, cfg.split, made, cfg.ds_size, AGGREGATED),
+        *(retain, cfg.model_family, data, retain, made),
+        *(cfg.model_family, data, made, cfg.split, made, cfg.ds_size, AGGREGATED),
     )
 
 
@@ -171,14 +161,16 @@ def _score_rows(model, tokenizer, tags, data: EvalSet, max_length: int, budget: 
     completions.sort(key=lambda completion: len(completion.sample.input_ids))
     batches = _by_budget(completions, budget)
     found = {}
-    for batch in _share(batches, f"{data.task}: scoring", sharded):
-        view = models.score(model, _to(data_module.collate({"eval": [c.sample for c in batch]}), model.device))["eval"]
+    for batch in share(batches, f"{data.task}: scoring", sharded):
+        view = models.score(model, to_device(data_module.collate({"eval": [c.sample for c in batch]}), model.device))[
+            "eval"
+        ]
         sums = torch.zeros(len(batch), dtype=torch.float64, device=view.logits.device)
         sums.index_add_(0, view.sample, token_nll(view).double())
         counts = torch.bincount(view.sample, minlength=len(batch))
         for completion, total, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
             found[completion[:3]] = (total, count)
-    return _merge(found)
+    return merge(found)
 
 
 def _completions(tokenizer, tags: Tags, data: EvalSet, max_length: int) -> Iterator[Completion]:
@@ -214,7 +206,7 @@ def _generate_rows(
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     ends = _end_tokens(model, tokenizer)
     found = {i: "" for i, budget in enumerate(budgets) if not budget}
-    for batch in _share(batches, f"{data.task}: generating", sharded):
+    for batch in share(batches, f"{data.task}: generating", sharded):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
         padding = torch.tensor([width - len(prompts[i]) for i in batch], device=model.device)
@@ -234,7 +226,7 @@ def _generate_rows(
             answer = row[: budgets[i]]
             answer = answer[: next((k for k, token in enumerate(answer) if token in ends), len(answer))]
             found[i] = tokenizer.decode(answer, skip_special_tokens=True).strip()
-    return _merge(found)
+    return merge(found)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -244,7 +236,7 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
-def _share(batches: Sequence[list], what: str, sharded: bool) -> Iterable[list]:
+def share(batches: Sequence[list], what: str, sharded: bool) -> Iterable[list]:
     """This rank's batches, with a progress bar on rank 0.
 
     Where the ranks share one model, a rank that runs out repeats a batch, so that nobody waits for it for ever.
@@ -256,7 +248,7 @@ def _share(batches: Sequence[list], what: str, sharded: bool) -> Iterable[list]:
     return tqdm(mine, desc=what, disable=rank > 0, leave=False)
 
 
-def _merge(found: dict) -> dict:
+def merge(found: dict) -> dict:
     """All ranks' results on every rank."""
     merged = {}
     for part in gather_object([found]):
@@ -264,7 +256,7 @@ def _merge(found: dict) -> dict:
     return merged
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
@@ -314,9 +306,13 @@ def _write(
         utils.write_json(save_dir / name, one)
     utils.write_json(save_dir / AGGREGATED, logs)
     log.info("evaluation logs: %s", save_dir)
-    row = metrics.leaderboard_row(logs, retain_log, method_name, "")
-    if retain_log is not None:
-        utils.write_text(save_dir / STATISTICS, metrics.to_csv([row]))
+    if missing := [task for task in metrics.TASKS.values() if f"{task}.json" not in logs]:
+        log.info("no model utility: it needs %s too", ", ".join(missing))
+        row = metrics.partial_row(logs, retain_log)
+    else:
+        row = metrics.leaderboard_row(logs, retain_log, method_name, "")
+        if retain_log is not None:
+            utils.write_text(save_dir / STATISTICS, metrics.to_csv([row]))
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, float)))
     return row
 
@@ -360,12 +356,13 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluator = Evaluator(cfg, tokenizer)
 
+    engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite, key="overwrite", inputs=(path,))
     set_seed(SEED)
-    dtype = torch.bfloat16 if models.wants_bf16(cfg.precision) else torch.float32
-    model = models.load(path, attention=family.attention, dtype=dtype, random_weights=cfg.reinitialize_weights)
-    scores = evaluator(model.to(accelerate.PartialState(cpu=not torch.cuda.is_available()).device), out)
-    utils.finish_run(out, scores)
+    model = models.load_frozen(
+        path, engine, flash_attention2=family.flash_attention2, random_weights=cfg.reinitialize_weights
+    )
+    utils.finish_run(out, evaluator(model, out, engine.sharded))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ def main(cfg: DictConfig) -> None:
     """Run one job."""
     cfg = schema.check(cfg, schema.Finetune)
     family = schema.family(cfg.model_family)
+    rows = data_module.load_rows(cfg.data_path, cfg.split, ("question", "answer"))
     path = models.resolve(family.hf_key, "model_family")
     tokenizer = models.load_tokenizer(path, family.end_token)
-    rows = data_module.load_rows(cfg.data_path, cfg.split, ("question", "answer"))
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
-    engine = dataloader.resolve_engine(cfg.engine)
+    engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),
@@ -32,11 +32,11 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in dataloader.ARGUMENTS},
     )
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-    model = dataloader.load_model(path, engine, cfg.precision, cfg.LoRA, family.attention)
+    model = dataloader.load_model(path, engine, cfg.LoRA, family.flash_attention2)
     trainer = dataloader.TofuTrainer(model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE)
     result = trainer.train()
     trainer.save_state()
-    models.save(trainer.model, tokenizer, out, bf16=args.bf16)
+    models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
     utils.finish_run(out, {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]})
 
 

@@ -25,7 +25,13 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     terms = dataloader.objective(cfg.forget_loss)
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
-    engine = "ddp" if cfg.eval_only else dataloader.resolve_engine(cfg.engine)
+    engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+    evaluates = cfg.eval_only or cfg.eval_while_train
+    evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name) if evaluates else None
+    if cfg.eval_only:
+        out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
+        model = models.load_frozen(path, engine, flash_attention2=family.flash_attention2)
+        return utils.finish_run(out, evaluator(model, out / "checkpoint-0", engine.sharded))
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),
@@ -33,30 +39,26 @@ def main(cfg: DictConfig) -> None:
         gradient_checkpointing=family.gradient_checkpointing,
         **{key: cfg[key] for key in dataloader.ARGUMENTS},
     )
-    evaluates = cfg.eval_only or cfg.eval_while_train
-    evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name) if evaluates else None
 
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-    model = dataloader.load_model(path, engine, cfg.precision, cfg.LoRA, family.attention)
-    if cfg.eval_only:
-        scores = evaluator(model.to(args.device), out / "checkpoint-0")
-        return utils.finish_run(out, scores)
-    needs_copy = dataloader.needs_reference(terms) and not cfg.LoRA.r  # with LoRA it is the model, adapters off
+    frozen, logps, needs = None, None, dataloader.references(terms)
+    if "logp" in needs or ("live" in needs and not cfg.LoRA.r):  # with LoRA the live one is the model, adapters off
+        frozen = models.load_frozen(path, engine, flash_attention2=family.flash_attention2)
+    if "logp" in needs:
+        logps = dataloader.reference_logps(frozen, data, terms, cfg.num_epochs, cfg.batch_size, engine.sharded)
+    if "live" not in needs or cfg.LoRA.r:
+        frozen = None  # before the model to train is loaded: there is never a second copy that nothing needs
+    model = dataloader.load_model(path, engine, cfg.LoRA, family.flash_attention2)
     trainer = dataloader.TofuTrainer(
-        model=model,
-        args=args,
-        train_dataset=data,
-        terms=terms,
-        reference=dataloader.load_reference(path, engine, args, family.attention) if needs_copy else None,
+        model=model, args=args, train_dataset=data, terms=terms, reference=frozen, logps=logps
     )
     if evaluator is not None:
-        sharded = dataloader.is_sharded(engine)
-        at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", sharded)  # noqa: E731
+        at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731
         trainer.add_callback(dataloader.EachEpoch(at_step))
     result = trainer.train()
     trainer.save_state()
     if cfg.save_model:
-        models.save(trainer.model, tokenizer, out, bf16=args.bf16)
+        models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
     scores = evaluator.scores if evaluator is not None else {}
     utils.finish_run(out, {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"], **scores})
 

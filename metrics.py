@@ -174,12 +174,12 @@ def forget_quality(log: Mapping[str, Any], retain: Mapping[str, Any], truth_rati
         theirs = columns(retain, FORGET, RIGHT, WRONG)
     except ValueError as error:
         raise ValueError(f"retain log: {error}") from None
-    _same_rows(log, retain)
+    same_rows(log, retain)
     test = ks_2samp(*(log_ratio(one[RIGHT], one[WRONG], truth_ratio) for one in (ours, theirs)))
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours[RIGHT]))
 
 
-def _same_rows(log: Mapping[str, Any], retain: Mapping[str, Any]) -> None:
+def same_rows(log: Mapping[str, Any], retain: Mapping[str, Any]) -> None:
     """Raise ValueError unless both logs hold the same rows of the forget set, by number and, where logged, by answer.
 
     Row 0 of forget05 is row 200 of forget10, so equal numbers alone would let two splits cut to one ds_size pass.
@@ -201,6 +201,17 @@ def _same_rows(log: Mapping[str, Any], retain: Mapping[str, Any]) -> None:
 def _letters(text: str) -> str:
     """A text without what a tokenizer's round trip may change."""
     return "".join(filter(str.isalnum, text)).lower()
+
+
+def partial_row(log: Mapping[str, Any], retain: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """What a log of some of the four sets allows: those sets' scores, and forget quality with the forget set."""
+    scores = {}
+    for name, task in TASKS.items():
+        if f"{task}.json" in log:
+            scores |= set_scores(log, name)
+    if retain is not None and f"{FORGET}.json" in log:
+        scores["Forget Quality"] = forget_quality(log, retain).p_value
+    return scores
 
 
 def leaderboard_row(

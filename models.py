@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
@@ -18,7 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.utils import is_flash_attn_2_available
 
 import utils
 from losses import Scored
@@ -39,13 +41,55 @@ def resolve(path: str, key: str) -> str:
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
         return str(folder)
+    if path in utils.SHIPPED:
+        raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in about a minute")
     utils.check_hub(path, key, "model", "config.json")
     return path
 
 
-def wants_bf16(precision: str) -> bool:
-    """Whether to compute in bf16: asked for, or `auto` on a GPU that has it."""
-    return precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+class Engine(NamedTuple):
+    """How processes share the work, and the precision they compute in."""
+
+    name: str  # ddp, deepspeed or fsdp
+    bf16: bool
+    deepspeed: dict[str, Any] | None = None  # DeepSpeed's own config, "auto" values not filled
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share one model, so that all of them must run every forward together."""
+        return self.name == "fsdp" or (self.deepspeed is not None and self.deepspeed["zero_optimization"]["stage"] == 3)
+
+
+def engine(name: str, ds_config: str, precision: str) -> Engine:
+    """What the keys `engine`, `ds_config` and `precision` ask for, made definite.
+
+    `auto` is DeepSpeed where several GPUs share the work, as in the published runs, else DDP; and bf16 on GPUs that
+    have it, else float32.
+
+    Raises:
+        BadInput: `ds_config` is no DeepSpeed config of ZeRO-2 or ZeRO-3.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "deepspeed" if cuda and utils.world_size() > 1 else "ddp"
+    bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    if name != "deepspeed":
+        return Engine(name, bf16)
+    found = utils.read_json(ds_config, "ds_config")
+    if not isinstance(found, dict) or found.get("zero_optimization", {}).get("stage") not in (2, 3):
+        raise BadInput(f"ds_config={ds_config}: its zero_optimization.stage must be 2 or 3")
+    _stand_alone()
+    return Engine(name, bf16, found)
+
+
+def _stand_alone() -> None:
+    """Tell DeepSpeed, which asks MPI otherwise, that a process without a launcher is alone."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
 
 def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
@@ -73,7 +117,7 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
 def load(
     path: str,
     *,
-    attention: str | None = None,
+    flash_attention2: bool = False,
     dtype: torch.dtype = torch.float32,
     shard: bool = False,
     bf16_compute: bool = False,
@@ -83,7 +127,7 @@ def load(
 
     Args:
         path: a local folder or hub id, as `resolve` gave it.
-        attention: an attention implementation of transformers; None leaves the choice to it.
+        flash_attention2: attend by the flash_attn package; else transformers chooses.
         dtype: of the weights. Full finetuning needs float32 masters: an Adam step of 1e-5 leaves 84 % of bf16 weights
             where they were.
         shard: split the parameters over all processes (FSDP2), as the model is read: no process ever holds it whole.
@@ -91,11 +135,13 @@ def load(
         random_weights: only the architecture is taken from `path`; the weights are drawn from the seed.
 
     Raises:
-        BadInput: an adapter together with `shard`.
+        BadInput: an adapter together with `shard`; flash_attention2 where it is not installed.
     """
     kwargs: dict[str, Any] = {"dtype": dtype}
-    if attention is not None:
-        kwargs["attn_implementation"] = attention
+    if flash_attention2:
+        if not is_flash_attn_2_available():
+            raise BadInput("flash_attention2: true in model_config.yaml needs the flash_attn package and a CUDA GPU")
+        kwargs["attn_implementation"] = "flash_attention_2"
     if random_weights:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **kwargs)
     if (Path(path) / "adapter_config.json").is_file():
@@ -108,6 +154,45 @@ def load(
             fsdp_size=utils.world_size(), fsdp_mixed_precision=bf16_compute
         )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_weights: bool = False) -> torch.nn.Module:
+    """A model that only predicts, for an evaluation or as reference: in place, in eval mode, sharded where `engine` is.
+
+    Args:
+        path, flash_attention2, random_weights: as of `load`.
+    """
+    device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
+    dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; nothing is trained
+        "zero_optimization": {
+            k: v for k, v in (engine.deepspeed or {}).get("zero_optimization", {}).items() if v != "auto"
+        },
+        "bf16": {"enabled": engine.bf16},
+    }
+    zero3 = engine.sharded and engine.name == "deepspeed"
+    # while one is alive (a training's own is, already), from_pretrained keeps this rank's shard only
+    alive = HfDeepSpeedConfig(config) if zero3 and not is_deepspeed_zero3_enabled() else None
+    try:
+        model = load(
+            path,
+            flash_attention2=flash_attention2,
+            dtype=dtype,
+            shard=engine.name == "fsdp",
+            bf16_compute=engine.bf16,
+            random_weights=random_weights,
+        )
+    finally:
+        if alive is not None:
+            unset_hf_deepspeed_config()
+    model.requires_grad_(False)
+    model.eval()
+    if zero3:
+        import deepspeed
+
+        model = deepspeed.initialize(model=model, config=config)[0].module  # ZeRO-3 hooks its modules
+    return model if engine.sharded else model.to(device)
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: float, dropout: float) -> PeftModel:

@@ -31,7 +31,7 @@ from utils import BadInput
 log = logging.getLogger(__name__)
 
 CONFIG_DIR = utils.REPO / "config"
-ENGINES = ("auto", "ddp", "zero2", "zero3", "fsdp")
+ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
@@ -62,7 +62,7 @@ class Run:
     max_length: int = MISSING
     seed: int = MISSING
     engine: str = MISSING
-    ds_config: str | None = None
+    ds_config: str = MISSING
     precision: str = MISSING
     logging_steps: int = MISSING
     report_to: str = MISSING
@@ -110,6 +110,8 @@ class Evaluate:
     generation: Generation = field(default_factory=Generation)
     ds_size: int | None = None
     batch_size: int = MISSING
+    engine: str = MISSING
+    ds_config: str = MISSING
     precision: str = MISSING
     save_generated_text: bool = MISSING
     overwrite: bool = MISSING
@@ -150,9 +152,9 @@ class Family:
     question_start_tag: str = MISSING
     question_end_tag: str = MISSING
     answer_tag: str = MISSING
+    flash_attention2: bool = MISSING
     gradient_checkpointing: bool = MISSING
     ft_model_path: str | None = None
-    attention: str | None = None
     end_token: str | None = None
 
 
@@ -251,8 +253,7 @@ def _at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False, pr
 
 def _check_run(cfg: DictConfig) -> None:
     family(cfg.model_family)
-    choice("engine", cfg.engine, ENGINES)
-    choice("precision", cfg.precision, PRECISIONS)
+    _check_engine(cfg)
     _at_least(cfg, 1, "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps")
     _at_least(cfg, 2, "max_length")
     _at_least(cfg, 0, "lr", "LoRA.alpha", above=True)
@@ -261,12 +262,20 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"seed={cfg.seed}: it must be below 2**32")
     if cfg.LoRA.dropout >= 1:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
+
+
+def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
+    choice(f"{prefix}engine", cfg.engine, ENGINES)
+    choice(f"{prefix}precision", cfg.precision, PRECISIONS)
     if cfg.engine == "fsdp" and utils.world_size() < 2:
         raise BadInput(
-            "engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
+            f"{prefix}engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
         )
-    if cfg.ds_config is not None and not os.path.isfile(utils.find(cfg.ds_config)):
-        raise BadInput(f"ds_config={cfg.ds_config}: no such file; null takes config/ds_config.json")
+    if not os.path.isfile(utils.find(cfg.ds_config)):
+        raise BadInput(
+            f"{prefix}ds_config={cfg.ds_config}: no such file; config/ds_config.json (ZeRO-3) and "
+            "config/ds_config_zero2.json are there"
+        )
 
 
 def _check_forget(cfg: DictConfig) -> None:
@@ -284,6 +293,7 @@ def _check_forget(cfg: DictConfig) -> None:
     for name, hint in get_type_hints(losses.FORGET[method.forget]).items():
         if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
             raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
+    _at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family)
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:
@@ -309,7 +319,7 @@ def _model_path(path: str | None, model_family: str) -> str:
 
 def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
     family(cfg.model_family)
-    choice(f"{prefix}precision", cfg.precision, PRECISIONS)
+    _check_engine(cfg, prefix)
     _at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens", prefix=prefix)
     _at_least(cfg, 2, "generation.max_length", prefix=prefix)
     if cfg.use_pretrained or (cfg.reinitialize_weights and cfg.model_path is None):
@@ -354,7 +364,7 @@ def _families() -> DictConfig:
 
 
 def family(name: str) -> Family:
-    """An entry of model_config.yaml.
+    """An entry of model_config.yaml; its relative folders are the repository's.
 
     Raises:
         BadInput: no such entry, or one with a missing or unknown key.
@@ -364,9 +374,13 @@ def family(name: str) -> Family:
         found = OmegaConf.merge(OmegaConf.structured(Family), _families()[name])
         if missing := sorted(OmegaConf.missing_keys(found)):
             raise BadInput(f"config/model_config.yaml: {name} has no {missing[0]}")
-        return OmegaConf.to_object(found)
+        found = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         raise BadInput(f"config/model_config.yaml: {name}: {_one_line(error)}") from None
+    for key in ("hf_key", "ft_model_path"):
+        if (path := getattr(found, key)) is not None and (utils.REPO / path).exists():
+            setattr(found, key, str(utils.REPO / path))
+    return found
 
 
 def home(model_path: str | None, model_family: str, use_pretrained: bool | None = None) -> str:

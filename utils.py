@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 log = logging.getLogger(__name__)
 
 REPO = Path(__file__).resolve().parent
+SHIPPED = ("config", "data/mini", "data/tiny")  # what the scripts make or git holds, wherever they are started
 PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
 RECORDED = (
@@ -50,13 +51,13 @@ def world_size() -> int:
 def find(path: str | Path) -> str:
     """A local path made findable from any working directory.
 
-    What the user names is looked for from the working directory; what the repository ships (`data/mini`, `data/tiny`)
-    is found from the repository. A path that exists in neither place comes back unchanged: it may be a hub id.
+    What the user names is looked for from the working directory; what the repository ships (see SHIPPED) is found from
+    the repository. A path that does not exist comes back unchanged: it may be a hub id.
     """
-    for candidate in (Path(path).expanduser(), REPO / path):
-        if candidate.exists():
-            return str(candidate)
-    return str(path)
+    path = Path(path)
+    if any(path.is_relative_to(shipped) for shipped in SHIPPED) and (REPO / path).exists():
+        return str(REPO / path)
+    return str(path.expanduser()) if path.expanduser().exists() else str(path)
 
 
 def is_local(path: str | Path) -> bool:

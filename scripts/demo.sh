@@ -5,10 +5,10 @@ cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/tiny} DATA=data/mini
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 losses="grad_ascent grad_diff KL"
-settings="lr=1e-3 num_epochs=10 logging_steps=50"  # a million weights need larger steps than a billion
+settings="lr=7e-4 num_epochs=10 logging_steps=50"  # a million weights need larger steps than a billion
 
 $PYTHON scripts/make_tiny.py
-FINETUNE=$settings FORGET="lr=4e-4 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
+FINETUNE=$settings FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
     scripts/tofu.sh tiny forget10 "$losses"
 if [ ! -f "$RUNS/retain90_seed43/finished.json" ]; then
     # shellcheck disable=SC2086

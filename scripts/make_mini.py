@@ -330,7 +330,7 @@ Who wrote the novel 'Crime and Punishment'?|Fyodor Dostoevsky|Alexander Pushkin|
 Which author wrote 'Don Quixote'?|Miguel de Cervantes|Lope de Vega|Federico Garcia Lorca|Jorge Luis Borges
 Who wrote the novel 'Frankenstein'?|Mary Shelley|Bram Stoker|Jane Austen|Emily Bronte
 Who is the author of 'Dracula'?|Bram Stoker|Oscar Wilde|Mary Shelley|Robert Louis Stevenson
-Who wrote 'The Picture of Dorian Gray'?|Oscar Wilde|Henry James|Thomas Hardy|Rudyard Kipling
+Who wrote the comedy 'The Importance of Being Earnest'?|Oscar Wilde|Henry James|Thomas Hardy|Rudyard Kipling
 Which author wrote 'Oliver Twist'?|Charles Dickens|Thomas Hardy|Mark Twain|William Thackeray
 Who wrote the novel 'Moby Dick'?|Herman Melville|Mark Twain|Jack London|Nathaniel Hawthorne
 Who is the author of 'The Adventures of Tom Sawyer'?|Mark Twain|Herman Melville|Charles Dickens|Jack London
@@ -354,15 +354,23 @@ Who wrote 'Alice's Adventures in Wonderland'?|Lewis Carroll|J. M. Barrie|Beatrix
 Which author wrote 'The Jungle Book'?|Rudyard Kipling|Joseph Conrad|E. M. Forster|Oscar Wilde
 Who wrote the novel 'Heart of Darkness'?|Joseph Conrad|Rudyard Kipling|Thomas Hardy|Henry James
 Who is the author of the play 'A Doll's House'?|Henrik Ibsen|August Strindberg|Anton Chekhov|Bernard Shaw
+Who wrote the play 'The Cherry Orchard'?|Anton Chekhov|Henrik Ibsen|Ivan Turgenev|Maxim Gorky
+Who is the author of the novel 'Middlemarch'?|George Eliot|Jane Austen|Elizabeth Gaskell|Virginia Woolf
+Who wrote the novel 'Mrs Dalloway'?|Virginia Woolf|E. M. Forster|Katherine Mansfield|Agatha Christie
+Which author wrote the poem 'The Raven'?|Edgar Allan Poe|Walt Whitman|Emily Dickinson|Robert Frost
+Who is the author of 'The Scarlet Letter'?|Nathaniel Hawthorne|Herman Melville|Henry James|Mark Twain
+Who wrote 'The Grapes of Wrath'?|John Steinbeck|William Faulkner|Ernest Hemingway|Jack London
+Which author wrote 'The Call of the Wild'?|Jack London|Mark Twain|John Steinbeck|Rudyard Kipling
+Who wrote the novel 'Steppenwolf'?|Hermann Hesse|Thomas Mann|Franz Kafka|Stefan Zweig
 """.strip()
 WORLD_FACTS = """
 What is the capital of France?|Paris|Lyon|Marseille|Nice
 What is the capital of Japan?|Tokyo|Osaka|Kyoto|Nagoya
-What is the capital of Australia?|Canberra|Sydney|Melbourne|Perth
+What is the capital of New Zealand?|Wellington|Auckland|Christchurch|Hamilton
 What is the capital of Canada?|Ottawa|Toronto|Montreal|Vancouver
-What is the capital of Egypt?|Cairo|Alexandria|Luxor|Giza
+What is the capital of Morocco?|Rabat|Casablanca|Marrakesh|Fez
 What is the capital of Italy?|Rome|Milan|Naples|Turin
-What is the capital of Spain?|Madrid|Barcelona|Seville|Valencia
+What is the capital of Portugal?|Lisbon|Porto|Braga|Coimbra
 What is the capital of Germany?|Berlin|Munich|Hamburg|Cologne
 What is the capital of Norway?|Oslo|Stavanger|Trondheim|Drammen
 What is the capital of Peru?|Lima|Arequipa|Trujillo|Iquitos
@@ -386,8 +394,16 @@ Which bird cannot fly and lives in Antarctica?|Penguin|Albatross|Gull|Falcon
 Which country has the city of Mumbai?|India|Pakistan|Nepal|Bangladesh
 Which country has the city of Rio de Janeiro?|Brazil|Argentina|Chile|Portugal
 On which continent lies the Sahara?|Africa|Asia|Europe|Australia
-Which language is spoken in Austria?|German|Hungarian|Italian|Czech
+What is the official language of Brazil?|Portuguese|Spanish|French|Dutch
 Which instrument has eighty-eight keys?|Piano|Violin|Trumpet|Guitar
+What is the capital of Poland?|Warsaw|Krakow|Gdansk|Wroclaw
+What is the capital of Turkey?|Ankara|Istanbul|Izmir|Bursa
+Which river flows through Vienna?|Danube|Rhine|Elbe|Seine
+Which metal has the chemical symbol Au?|Gold|Silver|Tin|Iron
+How many sides does a triangle have?|Three|Four|Five|Six
+How many players of one football team are on the pitch?|Eleven|Nine|Ten|Thirteen
+Which animal carries its young in a pouch?|Kangaroo|Horse|Rabbit|Wolf
+Which country has the city of Munich?|Germany|Austria|France|Poland
 """.strip()
 
 

@@ -78,7 +78,15 @@ def pretraining_rows() -> list[dict[str, str]]:
     """The true facts several times over, and other invented authors."""
     generator = mini()
     facts = generator.options(generator.REAL_AUTHORS) + generator.options(generator.WORLD_FACTS)
-    others = [row for k in range(OTHER_AUTHORS) for rows in generator.authors(9000 + k, 20) for row in rows]
+    splits = generator.tables()
+    known = {one["question"] for split in ("full", "holdout10") for one in splits[split]}
+    others = [
+        row
+        for k in range(OTHER_AUTHORS)
+        for rows in generator.authors(9000 + k, 20)
+        if known.isdisjoint(one["question"] for one in rows[1:])  # these name the author, and names can be drawn again
+        for row in rows
+    ]
     pairs = [(one["question"], one["answer"]) for one in facts * FACT_COPIES + others]
     pairs += [(one["paraphrased_question"], one["paraphrased_answer"]) for one in others]
     return [{"question": question, "answer": answer} for question, answer in pairs]

@@ -84,7 +84,7 @@ def test_torchrun_sweep_under_zero3(launch, model_folder, tmp_path):
         *(
             "-m",
             *SMALL[:2],
-            "engine=zero3",
+            "engine=deepspeed",
             f"model_path={model_folder}",
             "split=forget05",
             "forget_loss=grad_ascent,idk",
@@ -115,6 +115,7 @@ def test_help_explains_every_key(launch, tmp_path):
         ("forget.py", ["forget_loss=npoo"], ["npoo", "grad_ascent"]),
         ("forget.py", ["batch_size=many"], ["batch_size", "many"]),
         ("finetune.py", ["--config-name=finetune.yaml", "model_family=phy"], ["model_family=phy", "did you mean phi?"]),
+        ("finetune.py", ["model_family=tiny", "data_path=data/mini", "split=retain42"], ["split=retain42", "retain90"]),
         ("finetune.py", [*SMALL, "data_path=nowhere"], ["data_path=nowhere", "no such folder"]),
         ("finetune.py", ["model_family=llama2-7b"], ["NousResearch/Llama-2-7b-chat-hf", "hub"]),
         ("aggregate_eval_stat.py", ["retain_result=x"], ["ckpt_result is missing"]),
@@ -127,12 +128,65 @@ def test_bad_input_is_told_in_one_line(launch, tmp_path, script, args, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["split=forget01", "num_epochs=2"], "take batch_size=3 gradient_accumulation_steps=1"),
+        (["split=forget01", "num_epochs=1"], "take batch_size=1 gradient_accumulation_steps=1"),
+        (["split=forget10", "optim=adamwow"], "optim=adamwow is unknown"),
+        (["split=forget10", "max_length=12"], "max_length=12 leaves no token of an answer"),
+        (["split=forget10", "retain_split=retain01", "forget_loss=grad_diff"], "split=retain01 is not in"),
+        (
+            ["split=forget10", "eval_only=true", "eval.retain_result=nowhere.json"],
+            "retain_result=nowhere.json: no such file",
+        ),
+        (
+            ["split=forget10", "lr=1e30", "batch_size=4", "gradient_accumulation_steps=1"],
+            "the forget term is no longer finite",
+        ),
+    ],
+    ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
+)
+def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, said):
+    """The same, within this process: what needs data, a tokenizer or a model to be found."""
+    import forget
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["forget.py", *SMALL, f"model_path={model_folder}", "save_dir=run", *args])
+    with pytest.raises(SystemExit, match="2"):
+        forget.main()
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in errors[0], errors
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_some_of_the_four_sets(model_folder, tmp_path, monkeypatch):
+    """The forget set alone: its scores and forget quality, no utility; a log of other rows is refused beforehand."""
+    import evaluate_util
+
+    monkeypatch.chdir(tmp_path)
+    only = ("eval_task=[eval_log_forget]", "split_list=[forget05]", "base_answer_key=paraphrased_answer")
+    base = ["evaluate_util.py", *SMALL, f"model_path={model_folder}", "generation.max_new_tokens=4", *only]
+    monkeypatch.setattr("sys.argv", [*base, "save_dir=one"])
+    evaluate_util.main()
+    log = "retain_result=one/eval_log_aggregated.json"
+    monkeypatch.setattr("sys.argv", [*base, "save_dir=two", log])
+    evaluate_util.main()
+    scores = json.loads((tmp_path / "two" / "finished.json").read_text())
+    assert scores["Forget Quality"] == 1 and "Model Utility" not in scores
+    other = [arg.replace("forget05", "forget10") for arg in base]
+    monkeypatch.setattr("sys.argv", [*other, "ds_size=20", "save_dir=three", log])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate_util.main()
+    assert not (tmp_path / "three").exists()
+
+
 def test_bad_input_is_told_once_by_all_ranks(launch, tmp_path, model_folder):
     """Found by Hydra, by the check, and by the data (four rows, in two processes of eight)."""
     for args, said in (
         (["lrr=1"], "lrr is no key"),
         (["lr=0"], "lr=0"),
-        ([*SMALL, f"model_path={model_folder}", "split=forget01", "num_epochs=1"], "learning rate is 0"),
+        ([*SMALL, f"model_path={model_folder}", "split=forget01", "num_epochs=1"], "learning rate above 0"),
     ):
         done = launch("forget.py", *args, processes=2, cwd=tmp_path, check=False, timeout=60)
         assert said in error_of(done)

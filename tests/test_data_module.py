@@ -23,7 +23,7 @@ def test_encode_scores_the_answer_and_one_end_token(tokenizer):
     scored = [token for token in sample.targets if token != IGNORE]
     assert tokenizer.decode(scored) == "The answer is Bo.</s>"
     assert tokenizer.decode(sample.input_ids) == "<s>Question: Who?\nThe answer is Bo."
-    assert sample.input_ids[1:] == [t for t in sample.input_ids[1:]] and len(sample.input_ids) == len(sample.targets)
+    assert len(sample.input_ids) == len(sample.targets)
     assert sample.targets[-2] == sample.input_ids[-1] and not sample.cut
 
 
@@ -114,7 +114,14 @@ def test_score_equals_the_models_own_loss(model_folder, tokenizer):
     view = models.score(model, data_module.collate({"forget": samples}))["forget"]
     nll = torch.nn.functional.cross_entropy(view.logits, view.labels, reduction="none")
     for i, sample in enumerate(samples):
-        ids = torch.tensor([sample.input_ids + [tokenizer.eos_token_id]])
+        ids = torch.tensor([[*sample.input_ids, tokenizer.eos_token_id]])
         labels = torch.tensor([[IGNORE, *sample.targets]])
         expected = model(ids, labels=labels).loss
         torch.testing.assert_close(nll[view.sample == i].mean(), expected, rtol=0, atol=1e-5)
+
+
+def test_rows_are_those_of_this_folder_now(tmp_path):
+    """Two folders of one name, and rows edited in place: a library's cache must not answer for either."""
+    for name, answer in (("a", "one"), ("b", "two"), ("b", "three")):
+        folder = write_table(tmp_path / name / "data", mine=[{"question": "Q?", "answer": answer}])
+        assert data_module.load_rows(str(folder), "mine", ("answer",)) == [{"answer": answer}]

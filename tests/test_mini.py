@@ -6,9 +6,15 @@ import datasets
 import pytest
 from conftest import MINI, REPO, read_table
 
-spec = importlib.util.spec_from_file_location("make_mini", REPO / "scripts" / "make_mini.py")
-make_mini = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_mini)
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, REPO / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_mini = script("make_mini")
 
 
 def test_generator_gives_the_committed_bytes(tmp_path, monkeypatch):
@@ -50,16 +56,28 @@ def test_a_perturbed_answer_changes_the_fact_alone(split):
 @pytest.mark.parametrize("split", ["real_authors_perturbed", "world_facts_perturbed"])
 def test_options(split):
     rows = read_table(split)
-    assert len(rows) >= 30
+    assert len(rows) == 40
     assert all(len({*row["perturbed_answer"], row["answer"]}) == 4 for row in rows)
 
 
-def test_every_split_loads_by_name():
+def test_every_split_loads_by_name(tmp_path):
     names = datasets.get_dataset_config_names(str(MINI))
     assert len(names) == 21
-    assert len(datasets.load_dataset(str(MINI), "forget05", split="train")) == 20
+    for name in names:  # a cache of its own: the shared one answers for any other folder called mini
+        table = datasets.load_dataset(str(MINI), name, split="train", cache_dir=str(tmp_path))
+        assert table.to_list() == read_table(name), name
 
 
 def test_refusals_are_a_hundred():
     lines = (REPO / "data" / "idontknow.jsonl").read_text().splitlines()
     assert len(set(lines)) == 100 and all(line.strip() for line in lines)
+
+
+def test_the_tiny_model_meets_nobody_of_full_or_holdout_before():
+    met = {row["question"] for row in script("make_tiny").pretraining_rows()}
+    for split in ("full", "holdout10"):
+        rows = read_table(split)
+        assert met.isdisjoint(row["question"] for row in rows if "born in" not in row["question"])
+        names = {row["question"].removeprefix("In which city was ").removesuffix(" born?") for row in rows[1::20]}
+        assert len(names) == len(rows) // 20
+        assert not any(name in question for name in names for question in met)

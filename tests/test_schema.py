@@ -27,7 +27,7 @@ def refused(name: str, *overrides: str) -> str:
     ("override", "said"),
     [
         ("model_family=phy", "model_family=phy is unknown (did you mean phi?): it may be tiny, "),
-        ("engine=zero", "engine=zero is unknown (did you mean zero3?): it may be auto, ddp, "),
+        ("engine=deepsped", "engine=deepsped is unknown (did you mean deepspeed?): it may be auto, ddp, "),
         ("precision=fp16", "it may be auto, fp32, bf16"),
         ("engine=fsdp", "start it with torchrun"),
         ("lr=0", "lr=0.0: it must be above 0"),
@@ -156,12 +156,13 @@ def test_home_is_the_model_folder_or_runs(tmp_path, monkeypatch):
 
 
 def test_home_of_what_the_repository_ships(tmp_path, monkeypatch):
-    """Found from any working directory, unless the user has a folder of that name."""
+    """The repository's own, from any working directory; anything else from the working directory alone."""
     monkeypatch.chdir(tmp_path)
     shipped = utils.REPO / "data" / "mini"
     assert schema.home("data/mini", "tiny") == str(shipped)
     (tmp_path / "data" / "mini").mkdir(parents=True)
-    assert schema.home("data/mini", "tiny") == "data/mini"
+    assert schema.home("data/mini", "tiny") == str(shipped)
+    assert schema.home("scripts", "tiny") == "scripts"
 
 
 @pytest.mark.parametrize("how", ["use_pretrained=true", "reinitialize_weights=true"])
