@@ -168,10 +168,24 @@ class TofuTrainer(Trainer):
         for name, count in zip(shares, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
             if count:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and reports
-                raise BadInput(
-                    f"step {self.state.global_step + 1}: the {name} term is no longer finite: the model has diverged; "
-                    f"take a smaller lr than {self.args.learning_rate}, fewer epochs, or max_grad_norm=1"
-                )
+                raise self._diverged(f"step {self.state.global_step + 1}: the {name} term is no longer finite")
+
+    def stop_if_weights_not_finite(self) -> None:
+        """Stop the run on all ranks if a weight is NaN or infinite on any: no loss is taken after the last update.
+
+        Raises:
+            BadInput: with the remedy.
+        """
+        skipped = getattr(self.model_wrapped, "skipped_steps", 0)  # DeepSpeed's answer to gradients that are not finite
+        bad = torch.tensor(float(skipped > 0 or not models.all_finite(self.model)), device=self.accelerator.device)
+        if self.accelerator.reduce(bad, "sum").item():
+            raise self._diverged(f"step {self.state.global_step}, the last: its update is no longer finite")
+
+    def _diverged(self, how: str) -> BadInput:
+        return BadInput(
+            f"{how}: the model has diverged; take a smaller lr than {self.args.learning_rate}, fewer epochs, or "
+            "max_grad_norm=1"
+        )
 
     @torch.no_grad()
     def _reference_views(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Scored | Tensor]:
@@ -198,6 +212,23 @@ class TofuTrainer(Trainer):
         super().log(logs, start_time)
 
     _last_logged = 0
+
+
+def fit(trainer: TofuTrainer) -> dict[str, float]:
+    """Train, and write trainer_state.json whatever ends the training: the losses before a stop tell why it stopped.
+
+    Returns:
+        For finished.json: the mean loss of all steps, and the seconds.
+
+    Raises:
+        BadInput: the model has diverged; it must not be saved.
+    """
+    try:
+        result = trainer.train()
+    finally:
+        trainer.save_state()
+    trainer.stop_if_weights_not_finite()
+    return {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]}
 
 
 class EachEpoch(TrainerCallback):

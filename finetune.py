@@ -34,10 +34,9 @@ def main(cfg: DictConfig) -> None:
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
     model = dataloader.load_model(path, engine, cfg.LoRA, family.flash_attention2)
     trainer = dataloader.TofuTrainer(model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE)
-    result = trainer.train()
-    trainer.save_state()
+    trained = dataloader.fit(trainer)
     models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
-    utils.finish_run(out, {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]})
+    utils.finish_run(out, trained)
 
 
 if __name__ == "__main__":

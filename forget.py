@@ -55,12 +55,11 @@ def main(cfg: DictConfig) -> None:
     if evaluator is not None:
         at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731
         trainer.add_callback(dataloader.EachEpoch(at_step))
-    result = trainer.train()
-    trainer.save_state()
+    trained = dataloader.fit(trainer)
     if cfg.save_model:
         models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
     scores = evaluator.scores if evaluator is not None else {}
-    utils.finish_run(out, {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"], **scores})
+    utils.finish_run(out, {**trained, **scores})
 
 
 def training_set(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> data_module.TrainingSet:

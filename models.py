@@ -1,6 +1,7 @@
 """From a family's entry in model_config.yaml to tokenizer, model, adapter, reference, and back to a folder on disk."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,31 @@ def resolve(path: str, key: str) -> str:
         raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in about a minute")
     utils.check_hub(path, key, "model", "config.json")
     return path
+
+
+def identity(path: str, *, random_weights: bool = False) -> str:
+    """A digest of everything in a model's folder that its predictions depend on; of a hub model, its commit.
+
+    Args:
+        path: as `resolve` gave it.
+        random_weights: only the architecture and the tokenizer count.
+    """
+    kind = "random weights of " if random_weights else ""
+    if not Path(path).is_dir():
+        return f"{kind}{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+    patterns = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
+    patterns += ["vocab*", "merges*"] + (
+        [] if random_weights else ["*.safetensors", "pytorch_model*", "adapter_model*"]
+    )
+    files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run, and a large model has many files
+        listing = [f"{file.name} {digest}\n" for file, digest in zip(files, pool.map(_digest, files), strict=True)]
+    return f"{kind}sha256:{hashlib.sha256(''.join(listing).encode()).hexdigest()}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Engine(NamedTuple):
@@ -238,6 +265,19 @@ def adapter_off(model: torch.nn.Module) -> Iterator[None]:
     model.train(training)
 
 
+def all_finite(model: torch.nn.Module) -> bool:
+    """Whether the parameters that this rank holds (its shards, where an engine shards) are neither NaN nor infinite."""
+    return all(bool(_held(parameter).isfinite().all()) for parameter in model.parameters())
+
+
+def _held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a parameter, any shape, perhaps empty."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3 pads the last ranks' shards with memory that was never written
+        shard = parameter.ds_tensor
+        return shard.detach()[: max(0, parameter.ds_numel - shard.ds_numel * utils.rank())]
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+
+
 def save(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -308,7 +348,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer aside, then move each whole file into `folder`, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".saving."))
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=f"{utils.ASIDE}model."))
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

@@ -144,6 +144,10 @@ def test_bad_input_is_told_in_one_line(launch, tmp_path, script, args, said):
             ["split=forget10", "lr=1e30", "batch_size=4", "gradient_accumulation_steps=1"],
             "the forget term is no longer finite",
         ),
+        (
+            ["split=forget05", "lr=1e8", "num_epochs=3", "batch_size=20", "gradient_accumulation_steps=1"],
+            "step 3, the last: its update is no longer finite",
+        ),
     ],
     ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
 )
@@ -157,7 +161,9 @@ def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, s
         forget.main()
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0], errors
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "finished.json").exists()
+    if "finite" in said:  # the losses before the stop can be read
+        assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]["loss"] < 0
 
 
 def test_some_of_the_four_sets(model_folder, tmp_path, monkeypatch):
