@@ -6,13 +6,17 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +24,7 @@ import utils
 from utils import BadInput
 
 log = logging.getLogger(__name__)
+datasets.disable_progress_bars()  # a bar for each split, on every rank
 
 IGNORE = -100  # the target of a position that is not scored
 REFUSALS = "data/idontknow.jsonl"
@@ -52,30 +57,57 @@ class Slot(NamedTuple):
     weight: float
 
 
-def load_rows(data_path: str, split: str, columns: Sequence[str], first: int | None = None) -> list[dict[str, Any]]:
+def load_rows(
+    data_path: str,
+    split: str,
+    columns: Sequence[str],
+    first: int | None = None,
+    instead: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """The rows of one split as dicts of `columns`.
 
     Args:
         data_path: a folder laid out like the hub's data set (or like `../shared/tofu`), or a hub id.
         split: a configuration of it, `forget10` say.
         first: only so many rows from the start; None for all.
+        instead: column -> the one whose values stand under its name where the data has no such column; it is logged.
 
     Raises:
-        BadInput: no such data, split or column; an empty split.
+        BadInput: no such data, split or column; an empty split; files that cannot be read.
     """
     if utils.is_local(data_path):
         path = utils.find(data_path)
+        if not Path(path).is_dir():
+            raise BadInput(f"data_path={data_path} is a file: name the folder that holds the splits")
     else:
         utils.check_hub(data_path, "data_path", "dataset", None)
         path = data_path
-    names = datasets.get_dataset_config_names(path)
+    with _told(data_path, split):
+        names = datasets.get_dataset_config_names(path)
     if split not in names:
         raise BadInput(f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}")
     with tempfile.TemporaryDirectory() as fresh:
         # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
         cache = {"cache_dir": fresh} if utils.is_local(data_path) else {}
-        table = datasets.load_dataset(path, split, split="train", **cache)
+        with _told(data_path, split):
+            table = datasets.load_dataset(path, split, split="train", **cache)
+        for name, other in instead.items():
+            if name in columns and name not in table.column_names and other in table.column_names:
+                log.info("%s, %s: there is no %s, so %s stands for it", data_path, split, name, other)
+                table = table.add_column(name, table[other])
         return _rows(table, data_path, split, columns, first)
+
+
+@contextmanager
+def _told(data_path: str, split: str) -> Iterator[None]:
+    """Make one line of whatever datasets raises of data that it cannot read: its types differ with the file format."""
+    try:
+        yield
+    except Exception as error:
+        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise BadInput(
+            f"data_path={data_path}, split={split} cannot be read ({type(why).__name__}: {' '.join(str(why).split())})"
+        ) from None
 
 
 def _rows(
@@ -99,7 +131,9 @@ def prompt(tags: Tags, question: str) -> str:
     return tags.question_start_tag + question + tags.question_end_tag
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer: str, max_length: int) -> Sample:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer: str, max_length: int, key: str = "max_length"
+) -> Sample:
     """Tokenise question and answer as one string and mark the answer's tokens, plus one end token, as targets.
 
     The joint string is tokenised once and the answer's first token found by character offsets: a second tokenisation of
@@ -107,6 +141,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer
 
     Args:
         max_length: tokens of the whole, start and end token included; what is longer is cut and gets no end token.
+        key: what the config calls `max_length`.
 
     Raises:
         BadInput: no answer token is left within `max_length`.
@@ -121,8 +156,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer
     ids = ids[:max_length] if cut else [*ids, tokenizer.eos_token_id]
     if border >= len(ids) or border == 0:
         raise BadInput(
-            f"max_length={max_length} leaves no token of an answer: its question alone has {border} tokens "
-            f"({question[:60]!r}); raise max_length"
+            f"{key}={max_length} leaves no token of an answer: its question alone has {border} tokens "
+            f"({question[:60]!r}); raise {key}"
         )
     return Sample(tuple(ids[:-1]), (*[IGNORE] * (border - 1), *ids[border:]), cut)
 

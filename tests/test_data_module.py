@@ -101,6 +101,22 @@ def test_load_rows_refuses(tmp_path):
     assert len(data_module.load_rows(str(own), "mine", ("question", "answer"), 2)) == 2
 
 
+def test_unreadable_data_is_told_in_one_line(tmp_path, capfd):
+    """A file, a folder without data, broken JSON: the key, the split and the cause; datasets itself stays silent."""
+    (tmp_path / "empty").mkdir()
+    broken = write_table(tmp_path / "broken", full=[{"question": "Q?"}])
+    (broken / "full.json").write_text('{"question": "Q')
+    for path, cause in (
+        (MINI / "full.json", "is a file: name the folder"),
+        (tmp_path / "empty", r"split=full cannot be read \(EmptyDatasetError: .*doesn't contain any data files"),
+        (broken, r"split=full cannot be read \(ArrowInvalid: JSON parse error"),
+    ):
+        with pytest.raises(BadInput, match=f"^data_path={path}.*{cause}") as error:
+            data_module.load_rows(str(path), "full", ("question",))
+        assert "\n" not in str(error.value)
+    assert "Generating" not in "".join(capfd.readouterr())
+
+
 def test_first_rows_are_the_first(tokenizer):
     rows = data_module.load_rows(str(MINI), "forget10", ("question", "answer"), 5)
     assert rows == read_table("forget10")[:5]
