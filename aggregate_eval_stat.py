@@ -9,26 +9,32 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+import log_formats
 import metrics
 import schema
 import utils
 
 log = logging.getLogger(__name__)
 
+BESIDE = ("KS Statistic", "log10 Forget Quality", "Forget Rows")  # told, though the leaderboard has no columns for them
+
 
 @schema.entry("aggregate_eval_stat")
 def main(cfg: DictConfig) -> None:
-    """Read both logs, work out the row, write it."""
+    """Read both logs, whichever suite wrote them, work out the row, write it."""
     cfg = schema.check(cfg, schema.Aggregate)
     out = Path(cfg.save_file)
     if out.is_dir():
         raise utils.BadInput(f"save_file={out} is a folder: name the CSV to write, save_file={out / 'out.csv'}")
-    retain = utils.read_json(cfg.retain_result, "retain_result")
-    unlearned = utils.read_json(cfg.ckpt_result, "ckpt_result")
+    retain = log_formats.read(cfg.retain_result, "retain_result")
+    unlearned = log_formats.read(cfg.ckpt_result, "ckpt_result")
     if out.exists() and any(out.samefile(utils.find(path)) for path in (cfg.retain_result, cfg.ckpt_result)):
         raise utils.BadInput(f"save_file={out} is one of the two logs: name another file")
     try:
-        row = metrics.leaderboard_row(unlearned, retain, cfg.method_name, cfg.submitted_by)
+        scores = metrics.statistics(unlearned, retain, cfg.truth_ratio)
+        if missing := [task for task in metrics.TASKS.values() if f"{task}.json" not in unlearned]:
+            raise ValueError(f"no {', '.join(missing)} in the log of ckpt_result: evaluate that set too")
+        row = metrics.leaderboard_row(scores, cfg.method_name, cfg.submitted_by)
     except ValueError as error:
         raise utils.BadInput(f"ckpt_result={cfg.ckpt_result}, retain_result={cfg.retain_result}: {error}") from None
     if out.exists():
@@ -37,8 +43,10 @@ def main(cfg: DictConfig) -> None:
         utils.write_text(out, metrics.to_csv([row]))
     except OSError as error:
         raise utils.BadInput(f"save_file={out} cannot be written: {error}") from None
-    for name, value in row.items():
-        log.info("%-24s %s", name, f"{value:.6g}" if isinstance(value, float) else value)
+    for name, value in (*row.items(), *((name, scores[name]) for name in BESIDE)):
+        interval = scores["Confidence Intervals"].get(name)
+        between = f"  (95 % interval {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+        log.info("%-24s %s%s", name, f"{value:.6g}" if isinstance(value, float) else value, between)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import losses
+import metrics
 import utils
 from utils import BadInput
 
@@ -118,10 +119,13 @@ class Evaluate:
     use_pretrained: bool = MISSING
     reinitialize_weights: bool = MISSING
     retain_result: str | None = None
+    truth_ratio: str = MISSING
+    save_format: Any = MISSING
     save_dir: str = MISSING
 
 
-PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any)
+PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key != "save_format")
+SAVE_FORMATS = ("tofu", "openunlearning")
 
 
 @dataclass
@@ -142,6 +146,7 @@ class Aggregate:
     method_name: str = MISSING
     submitted_by: str = MISSING
     save_file: str = MISSING
+    truth_ratio: str = MISSING
 
 
 @dataclass
@@ -328,6 +333,11 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
         raise BadInput(
             f"{prefix}model_path is missing: name the model to evaluate, model_path=... (or use_pretrained=true)"
         )
+    choice(f"{prefix}truth_ratio", cfg.truth_ratio, metrics.TRUTH_RATIOS)
+    if not isinstance(cfg.save_format, ListConfig):
+        cfg.save_format = [cfg.save_format]
+    for name in cfg.save_format:
+        choice(f"{prefix}save_format", name, SAVE_FORMATS)
     cfg.split = _perturbed(cfg.split)
     sets = len(cfg.eval_task) if isinstance(cfg.eval_task, ListConfig) else 1
     for key in PARALLEL:
@@ -342,8 +352,11 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
                 "entry a set (or one string for all)"
             )
     cfg.split_list = [_perturbed(split) for split in cfg.split_list]
-    if len(set(cfg.eval_task)) < sets or not sets:
-        raise BadInput(f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice")
+    if len(set(cfg.eval_task)) < sets or not sets or any("/" in name or not name for name in cfg.eval_task):
+        raise BadInput(
+            f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice; one of your own "
+            "is eval_log_NAME"
+        )
 
 
 def _perturbed(split: str) -> str:
@@ -352,7 +365,7 @@ def _perturbed(split: str) -> str:
 
 
 def _check_aggregate(cfg: DictConfig) -> None:
-    """Paths are looked at when they are read."""
+    choice("truth_ratio", cfg.truth_ratio, metrics.TRUTH_RATIOS)  # paths are looked at when they are read
 
 
 CHECKS = {Finetune: _check_run, Forget: _check_forget, Evaluate: _check_evaluate, Aggregate: _check_aggregate}

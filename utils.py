@@ -21,6 +21,7 @@ REPO = Path(__file__).resolve().parent
 SHIPPED = ("config", "data/mini", "data/tiny")  # what the scripts make or git holds, wherever they are started
 PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
+ASIDE = ".writing."  # begins the name of what is not whole yet
 RECORDED = (
     "torch",
     "transformers",
@@ -92,7 +93,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there becomes `path` only if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{ASIDE}{path.name}.")
     os.close(handle)
     try:
         yield Path(name)
@@ -137,10 +138,8 @@ def read_json(path: str | Path, key: str) -> Any:
         raise BadInput(f"{key}={path} is not whole JSON ({error}): make it again") from None
 
 
-def start_run(
-    cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...], key: str = "overwrite_dir"
-) -> Path:
-    """Make the run's folder and put into it what explains it: the resolved config and the versions.
+def start_run(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...]) -> Path:
+    """Make a training run's folder and put into it what explains it: the resolved config and the versions.
 
     Rank 0 alone looks at the disk and writes, so that no rank can mistake the folder just made for an older run.
 
@@ -148,7 +147,6 @@ def start_run(
         cfg: the checked config.
         save_dir: the folder, relative to the working directory.
         overwrite: whether an earlier run's files there may be removed; runs in sub-folders of their own stay.
-        key: what the config calls `overwrite`.
         inputs: local paths that this run reads; none of them may be removed by the overwriting.
 
     Raises:
@@ -162,27 +160,81 @@ def start_run(
             )
     if rank() > 0:
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    held = _held(folder)
+    if held - {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
         if not overwrite:
-            raise BadInput(f"save_dir={save_dir} exists: name another save_dir, or {key}=true to replace that run")
-        if not (folder / VERSIONS).is_file():  # save_dir=. must never empty somebody's home
+            raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
+        if VERSIONS not in held:  # save_dir=. must never empty somebody's home
             raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
         _remove_run(folder)
+    return _explain(cfg, folder)
+
+
+def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...]) -> Path:
+    """Make an evaluation's folder, as `start_run` does a training's; only an evaluation's own files are removed.
+
+    Args:
+        overwrite: whether an earlier evaluation's files are removed first; else they stay, for the new one to use.
+        own: patterns of the files that an evaluation writes.
+
+    Raises:
+        BadInput: the folder holds something that is no evaluation of this suite.
+    """
+    folder = Path(save_dir)
+    if rank() > 0:
+        return folder
+    held = _held(folder)
+    strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
+    if strange or (held and VERSIONS not in held):
+        raise BadInput(
+            f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
+            "another save_dir"
+        )
+    (folder / FINISHED).unlink(missing_ok=True)  # until this one is complete, nothing here is
+    if overwrite and held - {CONFIG, VERSIONS}:
+        log.warning("replacing the evaluation in %s", folder)
+        for name in held - {CONFIG, VERSIONS, FINISHED}:
+            (folder / name).unlink()
+    return _explain(cfg, folder)
+
+
+def _held(folder: Path) -> set[str]:
+    """The names in a folder, without what a killed write left aside, which is removed.
+
+    Raises:
+        BadInput: a file stands where the folder or one above it should be.
+    """
+    above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not above.is_dir():
+        raise BadInput(f"save_dir={folder}: {above} is a file, not a folder: name another save_dir")
+    if not folder.exists():
+        return set()
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return {path.name for path in folder.iterdir()}
+
+
+def _explain(cfg: DictConfig, folder: Path) -> Path:
+    """Put versions and config into the folder: a folder with the former is known as this suite's."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     write_json(folder / VERSIONS, versions())
+    write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     return folder
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove an earlier run's own files, its mark of completion first, and its checkpoints' evaluations."""
+    """Remove an earlier run's own files, its mark of completion first, and the evaluations of its model."""
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.is_dir() and path.name.startswith(("checkpoint-", "eval_results")):
+        if path.is_dir() and (path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path)):
             shutil.rmtree(path)
         elif not path.is_dir():
             path.unlink()
+
+
+def _is_evaluation(folder: Path) -> bool:
+    return (folder / VERSIONS).is_file() and any(folder.glob("eval_log*.json"))
 
 
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:

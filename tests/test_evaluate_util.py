@@ -10,6 +10,7 @@ from conftest import MINI, SHARED, needs_shared
 
 import data_module
 import evaluate_util
+import inference
 import models
 import schema
 
@@ -21,16 +22,13 @@ def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="for
     names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", f"{split}_perturbed")
     tasks = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
     bases = ("paraphrased_answer", "answer", "answer", "paraphrased_answer")
-    sets = [
-        evaluate_util.EvalSet(
-            task,
-            data_module.load_rows(str(data_path), name, ("question", "answer", base, "perturbed_answer"), ds_size),
-            *("question", "answer", base, "perturbed_answer"),
-        )
-        for name, task, base in zip(names, tasks, bases, strict=True)
-    ]
-    options = {"max_length": 200, "max_new_tokens": None, "batch_size": 30, "save_generated_text": True, **kwargs}
-    evaluate_util.evaluate(models.load(str(path)), tokenizer, model_family, sets, folder, **options)
+    room = {"max_length": kwargs.pop("max_length", 200), "max_new_tokens": kwargs.pop("max_new_tokens", None)}
+    sets = []
+    for name, task, base in zip(names, tasks, bases, strict=True):
+        keys = ("question", "answer", base, "perturbed_answer")
+        rows = data_module.load_rows(str(data_path), name, keys, ds_size)
+        sets.append(evaluate_util.prepare(evaluate_util.EvalSet(task, rows, *keys), tokenizer, model_family, **room))
+    evaluate_util.evaluate(models.load(str(path)), tokenizer, sets, folder, **{"batch_size": 30, **kwargs})
     return json.loads((folder / evaluate_util.AGGREGATED).read_text())
 
 
@@ -85,10 +83,14 @@ def test_budget_is_the_rows_own(model_folder, tmp_path):
     model = models.load(str(model_folder)).eval()
     family = schema.family("tiny")
     rows = data_module.load_rows(str(MINI), "forget01_perturbed", ("question", "answer"))
-    data = evaluate_util.EvalSet("t", rows, "question", "answer", "answer", "perturbed_answer")
-    with torch.no_grad():
-        texts = evaluate_util._generate_rows(model, tokenizer, family, data, 100, 7, 30, False)
-        longest = evaluate_util._generate_rows(model, tokenizer, family, data, 100, None, 30, False)
+    prompts = [tokenizer(data_module.prompt(family, row["question"]))["input_ids"] for row in rows]
+    texts, longest = (
+        [
+            tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            for tokens in inference.greedy(model, prompts, budgets, [2], at_once=3)
+        ]
+        for budgets in ([7] * len(prompts), [100 - len(prompt) for prompt in prompts])
+    )
     for i, row in enumerate(rows):
         room = 100 - len(tokenizer(data_module.prompt(family, row["question"]))["input_ids"])
         alone = model.generate(
@@ -125,4 +127,4 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
         assert set(one) == {*plain, *(["normalized_gt_loss"] if "real" in task else [])}
         assert json.loads((tmp_path / task).read_text()) == one
         assert len(one["perturb_loss"]["0"]) == (3 if "real" in task else 5)
-    assert {path.name for path in tmp_path.iterdir()} == {*log, evaluate_util.AGGREGATED}
+    assert {path.name for path in tmp_path.iterdir()} == {*log, evaluate_util.AGGREGATED, evaluate_util.REPORT}

@@ -6,7 +6,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 ROWS = [
     {"utils", "losses", "metrics"},
-    {"schema", "models", "data_module"},
+    {"schema", "models", "data_module", "log_formats", "report"},
+    {"inference"},
     {"evaluate_util", "dataloader"},
     {"finetune", "forget", "aggregate_eval_stat"},
 ]

@@ -40,7 +40,8 @@ def test_golden_rows(model):
     text = SHARED.joinpath("golden", "logs", model, "aggr_result.csv").read_text()
     expected = next(csv.DictReader(io.StringIO(text)))
     retain = read("logs", "tiny-llama-retain90", "eval_log_aggregated.json")
-    row = metrics.leaderboard_row(read("logs", model, "eval_log_aggregated.json"), retain, model, "golden")
+    scores = metrics.statistics(read("logs", model, "eval_log_aggregated.json"), retain)
+    row = metrics.leaderboard_row(scores, model, "golden")
     assert list(row) == list(expected)
     for name, value in expected.items():
         if name not in ("Method", "Submitted By"):
@@ -157,7 +158,7 @@ def test_refusals(spoil, why):
     with pytest.raises(ValueError, match=why):
         metrics.forget_quality(log, one_log(1.0, [2.0]))
     with pytest.raises(ValueError, match="^retain log: .*" + why.replace("^", "")) as error:
-        metrics.leaderboard_row(one_log(1.0, [2.0]), log, "m", "me")
+        metrics.statistics(one_log(1.0, [2.0]), log)
     assert "\n" not in str(error.value)
 
 
@@ -205,7 +206,7 @@ def test_rows_are_paired_by_number():
 
 
 def test_row_without_a_retain_log():
-    row = metrics.leaderboard_row(one_log(1.0, [2.0]), None, "a, b", "me")
+    row = metrics.leaderboard_row(metrics.statistics(one_log(1.0, [2.0]), None), "a, b", "me")
     assert row["Forget Quality"] is None and tuple(row) == metrics.COLUMNS
     again = next(csv.DictReader(io.StringIO(metrics.to_csv([row]))))
     assert again["Forget Quality"] == "" and again["Method"] == "a, b"

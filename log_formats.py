@@ -1,0 +1,183 @@
+"""Evaluation logs of other suites as ours, and ours as theirs.
+
+Ours is the original benchmark's `eval_log_aggregated.json`. The other one in use is OpenUnlearning's `TOFU_EVAL.json`.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import metrics
+import utils
+from metrics import RIGHT, TASKS, WRONG
+from utils import BadInput
+
+log = logging.getLogger(__name__)
+
+PREFIXES = {"forget": "Forget", "retain": "Retain", "ra": "Real Authors", "wf": "Real World"}  # theirs -> ours
+EPSILON = 1e-10  # OpenUnlearning adds it to every denominator
+
+
+def read(path: str, key: str) -> Mapping[str, Any]:
+    """The aggregated log in a file that the user named, whichever suite wrote it.
+
+    Raises:
+        BadInput: no such file, not whole JSON, or no evaluation log; `key` is the config key to name.
+    """
+    raw = utils.read_json(path, key)
+    try:
+        return as_aggregated(raw)
+    except ValueError as error:
+        raise BadInput(f"{key}={path}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{key}={path} is not whole: a row without {error}; make it again") from None
+
+
+def as_aggregated(raw: Any) -> Mapping[str, Any]:
+    """An aggregated log from whatever a suite's evaluation left.
+
+    Args:
+        raw: the JSON of our or the original's `eval_log_aggregated.json`, of a bare `eval_log_forget.json`, or of
+            OpenUnlearning's `TOFU_EVAL.json`.
+
+    Returns:
+        The log; of OpenUnlearning's only the sets that are whole in it.
+
+    Raises:
+        ValueError: none of these; the message names what was found.
+    """
+    if not isinstance(raw, Mapping):
+        raise ValueError("not an aggregated log: its top level must be the names of the sets' logs")
+    if not raw:
+        raise ValueError(metrics.EMPTY)
+    if any(name.endswith(".json") for name in raw):
+        return raw
+    if RIGHT in raw:
+        return {f"{metrics.FORGET}.json": raw}
+    sets = {f"{TASKS[ours]}.json": _from_openunlearning(raw, prefix) for prefix, ours in PREFIXES.items()}
+    found = {file: one for file, one in sets.items() if one}
+    if not found:
+        raise ValueError(
+            "no evaluation log: it holds neither eval_log_forget.json (eval_log_aggregated.json), nor "
+            f"{RIGHT} (eval_log_forget.json), nor forget_Q_A_PARA_Prob or forget_truth_ratio (TOFU_EVAL.json), but "
+            f"{', '.join(list(raw)[:6])}"
+        )
+    return found
+
+
+def _from_openunlearning(raw: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
+    """One set's log; {} where OpenUnlearning's holds too little of it for any statistic."""
+
+    def by_row(name: str) -> dict[str, Any]:
+        found = raw.get(name)
+        rows = found.get("value_by_index") if isinstance(found, Mapping) else None
+        return {str(key): row for key, row in rows.items()} if isinstance(rows, Mapping) else {}
+
+    probability, paraphrased = by_row(f"{prefix}_Q_A_Prob"), by_row(f"{prefix}_Q_A_PARA_Prob")
+    perturbed, rouge = by_row(f"{prefix}_Q_A_PERT_Prob"), by_row(f"{prefix}_Q_A_ROUGE")
+    ratio = by_row(f"{prefix}_truth_ratio")
+    right = probability if PREFIXES[prefix] in metrics.REAL else paraphrased
+    one: dict[str, dict[str, Any]] = {}
+    if right and perturbed:  # exact; the stored ratio has OpenUnlearning's epsilon in it
+        one[RIGHT] = {key: row["avg_loss"] for key, row in right.items()}
+        one[WRONG] = {key: row["avg_loss"] for key, row in perturbed.items()}
+    elif ratio:
+        scores = {key: row["score"] for key, row in ratio.items()}
+        if all(0 < score < 1 for score in scores.values()):
+            log.warning(
+                "%s_truth_ratio has no losses beside it and lies within (0, 1): it may be OpenUnlearning's prob_mean "
+                "form, of which forget quality would be another number",
+                prefix,
+            )
+        one[RIGHT] = {key: math.log(score) if score > 0 else math.nan for key, score in scores.items()}
+        one[WRONG] = {key: [0.0] for key in scores}
+    if probability:
+        one["avg_gt_loss"] = {key: row["avg_loss"] for key, row in probability.items()}
+    if rouge:
+        for name in ("rouge1_recall", "rougeL_recall"):
+            one[name] = {key: row[name] for key, row in rouge.items()}
+        if all("input" in row for row in rouge.values()):
+            one["generated_text"] = {
+                key: [row["input"], row["generation"], row["ground_truth"]] for key, row in rouge.items()
+            }
+    return one if RIGHT in one else {}
+
+
+def to_openunlearning(
+    ours: Mapping[str, Any], scores: Mapping[str, Any], f1: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An aggregated log as OpenUnlearning's TOFU_EVAL.json and TOFU_SUMMARY.json, with its definitions.
+
+    Args:
+        ours: the aggregated log; sets outside the four are left out.
+        scores: its `metrics.statistics`.
+        f1: log name -> row -> ROUGE-L F1, where the texts are known.
+
+    Returns:
+        Both files' content, keys sorted; a metric that the log does not allow is not there.
+    """
+    found: dict[str, Any] = {}
+    for prefix, name in PREFIXES.items():
+        file = f"{TASKS[name]}.json"
+        if file in ours:
+            found |= _to_openunlearning(ours, prefix, name, f1.get(file, {}))
+    if "Model Utility" in scores:
+        found["model_utility"] = {"agg_value": scores["Model Utility"]}
+    found["forget_quality"] = {"agg_value": scores.get("Forget Quality")}
+    summary = {
+        name: found[name]["agg_value"]
+        for name in ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio", "model_utility")
+        if name in found and found[name]["agg_value"] is not None
+    }
+    return dict(sorted(found.items())), summary
+
+
+def _to_openunlearning(ours: Mapping[str, Any], prefix: str, name: str, f1: Mapping[str, float]) -> dict[str, Any]:
+    """One set's metrics."""
+    task, real = TASKS[name], name in metrics.REAL
+    loss = {key: metrics.rows(ours, task, key) for key in ("avg_gt_loss", RIGHT, WRONG)}
+
+    def metric(rows: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+        return {"agg_value": float(np.mean([row[key] for row in rows.values()])), "value_by_index": rows}
+
+    def probabilities(losses: dict[str, Any]) -> dict[str, Any]:
+        rows = {i: {"prob": np.exp(-np.asarray(one)).tolist(), "avg_loss": one} for i, one in losses.items()}
+        flat = np.concatenate([np.ravel(row["prob"]) for row in rows.values()])
+        return {"agg_value": float(flat.mean()), "value_by_index": rows}
+
+    found = {
+        f"{prefix}_Q_A_Prob": probabilities(loss["avg_gt_loss"]),
+        f"{prefix}_Q_A_PERT_Prob": probabilities(loss[WRONG]),
+    }
+    if real:
+        shares = {}
+        for i, right in loss["avg_gt_loss"].items():
+            p = math.exp(-right)
+            shares[i] = {"prob": p / (p + float(np.exp(-np.asarray(loss[WRONG][i])).sum()) + EPSILON)}
+        found[f"{prefix}_Q_A_Prob_normalised"] = metric(shares, "prob")
+    else:
+        found[f"{prefix}_Q_A_PARA_Prob"] = probabilities(loss[RIGHT])
+    ratio = {
+        i: {"score": math.exp(-float(np.mean(loss[WRONG][i]))) / (math.exp(-right) + EPSILON)}
+        for i, right in loss[RIGHT].items()
+    }
+    values = np.array([row["score"] for row in ratio.values()])
+    forget = name == "Forget"
+    mean = np.minimum(values, 1 / (values + EPSILON)).mean() if forget else np.maximum(0, 1 - values).mean()
+    found[f"{prefix}_truth_ratio" if forget else f"{prefix}_Truth_Ratio"] = {
+        "agg_value": float(mean),
+        "value_by_index": ratio,
+    }
+    rouge = {}
+    texts = metrics.rows(ours, task, "generated_text") if ours[f"{task}.json"].get("generated_text") else {}
+    for i, recall in metrics.rows(ours, task, "rougeL_recall").items():
+        rouge[i] = {"rouge1_recall": ours[f"{task}.json"]["rouge1_recall"][i], "rougeL_recall": recall}
+        rouge[i] |= {"rougeL_f1": f1[i]} if i in f1 else {}
+        if i in texts:
+            prompt, generation, truth = texts[i]
+            rouge[i] |= {"input": prompt, "ground_truth": truth, "generation": generation}
+    found[f"{prefix}_Q_A_ROUGE"] = metric(rouge, "rougeL_recall")
+    return found

@@ -1,0 +1,71 @@
+"""The page on which a person looks at an evaluation. Pure: a log and its statistics in, Markdown out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import metrics
+
+SHOWN = 5  # rows of each set from either end
+
+
+def evaluation_page(log: Mapping[str, Any], scores: Mapping[str, Any], truth_ratio: str) -> str:
+    """`eval_report.md`: the scores with their confidence intervals, and each set's best and worst rows with texts.
+
+    Args:
+        log: an aggregated log; sets outside the four are shown too and count in nothing.
+        scores: its `metrics.statistics`.
+        truth_ratio: the definition that `scores` was made with.
+    """
+    lines = ["# Evaluation", "", *_table(log, scores, truth_ratio)]
+    for file in log:
+        task = file.removesuffix(".json")
+        name = next((name for name, known in metrics.TASKS.items() if known == task), task)
+        lines += ["", f"## {name}: `{file}`", "", *_rows(log, task, name, truth_ratio)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(log: Mapping[str, Any], scores: Mapping[str, Any], truth_ratio: str) -> list[str]:
+    intervals = scores["Confidence Intervals"]
+    names = [name for name in (*metrics.COLUMNS, "KS Statistic", "log10 Forget Quality") if name in scores]
+    lines = ["| score | value | 95 % interval |", "| --- | ---: | --- |"]
+    for name in names:
+        between = f"{intervals[name][0]:.4g} to {intervals[name][1]:.4g}" if name in intervals else ""
+        lines.append(f"| {name} | {scores[name]:.4g} | {between} |")
+    lines += ["", f"Truth ratio: {truth_ratio}. Intervals: percentile bootstrap by row, {metrics.RESAMPLES} resamples."]
+    if "Forget Rows" in scores:
+        lines.append(f"Forget quality: two-sample KS test, {scores['Forget Rows']} rows a side.")
+    else:
+        lines.append("Forget quality needs the forget set and a `retain_result`.")
+    if "Model Utility" not in scores:
+        missing = [task for task in metrics.TASKS.values() if f"{task}.json" not in log]
+        lines.append(f"Model utility needs {', '.join(missing)} too.")
+    return lines
+
+
+def _rows(log: Mapping[str, Any], task: str, name: str, truth_ratio: str) -> list[str]:
+    """The set's means, then its rows with the highest and the lowest ROUGE-L recall, ties by probability."""
+    scores = metrics.row_scores(log, name, truth_ratio)
+    means = ", ".join(f"{score} {values.mean():.4g}" for score, values in scores.items())
+    lines = [f"{means}; {len(scores['ROUGE'])} rows."]
+    keys = list(metrics.rows(log, task, "rougeL_recall"))
+    order = sorted(range(len(keys)), key=lambda i: (-scores["ROUGE"][i], -scores["Prob."][i], i))
+    texts = log[f"{task}.json"].get("generated_text")
+    texts = metrics.rows(log, task, "generated_text") if texts else {}
+    for title, chosen in (("Highest", order[:SHOWN]), ("Lowest", order[max(SHOWN, len(order) - SHOWN) :][::-1])):
+        if not chosen:
+            continue
+        lines += ["", f"{title} ROUGE-L recall:", ""]
+        lines.append("| row | ROUGE-L | P | truth ratio | prompt | generation | truth |")
+        lines.append("| ---: | ---: | ---: | ---: | --- | --- | --- |")
+        for i in chosen:
+            numbers = " | ".join(f"{scores[score][i]:.4g}" for score in scores)
+            shown = " | ".join(_cell(text) for text in texts.get(keys[i], ("(not kept)",) * 3))
+            lines.append(f"| {keys[i]} | {numbers} | {shown} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    """A text within one cell of a Markdown table, shown as it is."""
+    for mark in "\\`*_<>|[]":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
