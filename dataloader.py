@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 import evaluate_util
@@ -272,7 +273,7 @@ def arguments(
 
     Raises:
         BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
-            an optimiser or another value that transformers does not know.
+            an optimiser or a place to report to that transformers does not know, or whose package is not installed.
     """
     if samples < utils.world_size():
         raise BadInput(f"{utils.world_size()} processes share {samples} rows: start at most {samples}")
@@ -282,7 +283,7 @@ def arguments(
     choice_of_optim = sorted(name.value for name in OptimizerNames)
     if optim not in choice_of_optim:
         raise BadInput(f"optim={optim} is unknown: it may be {', '.join(choice_of_optim)}")
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -308,6 +309,21 @@ def arguments(
         log_level_replica="error",
         deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
     )
+    _check_installed(made, optim, report_to)
+    return made
+
+
+def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> None:
+    """Try what the Trainer will do once the model is loaded: find the optimiser's class, make the reporters."""
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except Exception as error:  # ValueError, RuntimeError or ImportError, by the integration
+        raise BadInput(f"report_to={report_to}: {error}") from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # some optimisers ask for a model, any
+    except Exception as error:
+        raise BadInput(f"optim={optim}: {error}") from None
 
 
 MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0

@@ -134,6 +134,9 @@ def test_bad_input_is_told_in_one_line(launch, tmp_path, script, args, said):
         (["split=forget01", "num_epochs=2"], "take batch_size=3 gradient_accumulation_steps=1"),
         (["split=forget01", "num_epochs=1"], "take batch_size=1 gradient_accumulation_steps=1"),
         (["split=forget10", "optim=adamwow"], "optim=adamwow is unknown"),
+        (["split=forget10", "optim=lomo"], "optim=lomo: You need to install `lomo_optim`"),
+        (["split=forget10", "report_to=foo"], "report_to=foo: foo is not supported, only "),
+        (["split=forget10", "report_to=swanlab"], "report_to=swanlab: SwanLabCallback requires"),
         (["split=forget10", "max_length=12"], "max_length=12 leaves no token of an answer"),
         (["split=forget10", "retain_split=retain01", "forget_loss=grad_diff"], "split=retain01 is not in"),
         (
@@ -162,7 +165,9 @@ def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, s
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0], errors
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "finished.json").exists()
-    if "finite" in said:  # the losses before the stop can be read
+    if "finite" not in said:
+        assert not (tmp_path / "run").exists()
+    else:  # the losses before the stop can be read
         assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]["loss"] < 0
 
 
