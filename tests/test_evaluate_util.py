@@ -1,16 +1,21 @@
 """The evaluation against golden runs, against itself on other batches, and against transformers' own loss."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import MINI, SHARED, needs_shared
+from conftest import MINI, REPO, SHARED, needs_shared
 
 import data_module
 import evaluate_util
 import inference
+import metrics
 import models
 import schema
 
@@ -128,3 +133,181 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
         assert json.loads((tmp_path / task).read_text()) == one
         assert len(one["perturb_loss"]["0"]) == (3 if "real" in task else 5)
     assert {path.name for path in tmp_path.iterdir()} == {*log, evaluate_util.AGGREGATED, evaluate_util.REPORT}
+
+
+@pytest.fixture
+def run(monkeypatch, model_folder, tmp_path):
+    """evaluate_util.py as a command line, in this process: run("save_dir=x", ...) -> the folder."""
+
+    def go(*args: str, save_dir: str = "run"):
+        base = ["model_family=tiny", f"data_path={MINI}", f"model_path={model_folder}", "generation.max_length=80"]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["evaluate_util.py", *base, f"save_dir={save_dir}", "ds_size=4", *args])
+        evaluate_util.main()
+        return tmp_path / save_dir
+
+    return go
+
+
+def contents(folder) -> dict[str, bytes]:
+    """What an evaluation leaves, but for what says when and how it was called."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("versions.json", "config.yaml")}
+
+
+def test_nothing_is_evaluated_twice(run, monkeypatch, caplog, capsys):
+    """overwrite=false: complete sets stay and no model is loaded; what differs is made again, and the log says why."""
+    folder = run()
+    whole = contents(folder)
+    loaded = []
+    load = models.load_frozen
+    monkeypatch.setattr(models, "load_frozen", lambda *args, **kwargs: loaded.append(1) or load(*args, **kwargs))
+    run("overwrite=false", "batch_size=7")
+    assert not loaded and contents(folder) == whole
+    assert capsys.readouterr().out.count("complete, and not evaluated again") == 4
+
+    (folder / "eval_log.json").write_text("{}")  # not the file that the fingerprint was made of
+    (folder / "eval_log_forget.json").unlink()
+    (folder / ".writing.eval_log_forget.json.x1").write_text('{"a')  # what a killed write leaves
+    run("overwrite=false")
+    said = capsys.readouterr().out
+    assert "eval_log: evaluated, because it has no fingerprint" in said
+    assert "eval_log_forget: evaluated, because it is not there" in said
+    assert loaded == [1] and contents(folder) == whole
+
+    run("overwrite=false", "generation.max_length=90")
+    assert capsys.readouterr().out.count("evaluated, because it was made with other generation") == 4
+    run("overwrite=false", "generation.max_length=90", "split=forget05")
+    said = capsys.readouterr().out
+    assert (
+        "eval_log_forget: evaluated, because it was made with other data" in said
+        and said.count("not evaluated again") == 3
+    )
+
+
+def test_an_evaluation_that_stops_goes_on_where_it_was(run, monkeypatch, capsys):
+    """Stopped in the third set: the first two are not made again; the bytes are the uninterrupted run's."""
+    whole = contents(run(save_dir="whole"))
+    score, calls = evaluate_util._score_rows, []
+
+    def stops(model, task, sharded):
+        calls.append(task.data.task)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(model, task, sharded)
+
+    monkeypatch.setattr(evaluate_util, "_score_rows", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(save_dir="cut")
+    monkeypatch.setattr(evaluate_util, "_score_rows", score)
+    capsys.readouterr()
+    folder = run("overwrite=false", save_dir="cut")
+    assert capsys.readouterr().out.count("not evaluated again") == 2
+    assert contents(folder) == whole
+
+
+def test_an_evaluation_removes_only_its_own(run, model_folder, tmp_path, capsys):
+    """A folder with a model, or with anything that no evaluation writes, is refused whatever `overwrite` says."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for folder in (model_folder, "mine"):
+        before = {path.name for path in (tmp_path / folder).iterdir()}
+        with pytest.raises(SystemExit, match="2"):
+            run(save_dir=str(folder))
+        assert "holds something else than an evaluation" in capsys.readouterr().err
+        assert {path.name for path in (tmp_path / folder).iterdir()} == before
+
+
+def test_bad_input_leaves_an_earlier_evaluation_alone(run, capsys):
+    whole = contents(run())
+    for args, said in (
+        (["generation.max_length=5"], "generation.max_length=5 leaves no token of an answer"),
+        (["perturbed_answer_key=answer"], "perturbed_answer_key=answer must be a list of wrong answers"),
+        (["answer_key=perturbed_answer"], "answer_key=perturbed_answer is no text in row 0"),
+        (["truth_ratio=harmonic"], "truth_ratio=harmonic is unknown"),
+        (["save_format=[tofu,muse]"], "save_format=muse is unknown"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run(*args)
+        assert said in capsys.readouterr().err
+    assert contents(run("overwrite=false")) == whole
+
+
+def test_paraphrased_questions_and_a_set_of_ones_own(run, capsys):
+    """Sets without paraphrases keep their question, and it is said; a fifth set is shown and counts in nothing."""
+    plain = json.loads((run() / evaluate_util.AGGREGATED).read_text())
+    folder = run(
+        "question_key=paraphrased_question",
+        "split_list=[retain_perturbed,real_authors_perturbed,world_facts_perturbed,forget10_perturbed,holdout01_perturbed]",
+        "eval_task=[eval_log,eval_real_author_wo_options,eval_real_world_wo_options,eval_log_forget,eval_log_holdout]",
+        "base_answer_key=[paraphrased_answer,answer,answer,paraphrased_answer,paraphrased_answer]",
+        save_dir="paraphrased",
+    )
+    said = capsys.readouterr().out
+    assert said.count("there is no paraphrased_question, so question stands for it") == 2
+    log = json.loads((folder / evaluate_util.AGGREGATED).read_text())
+    row = data_module.load_rows(str(MINI), "forget10_perturbed", ("paraphrased_question",))[0]
+    assert row["paraphrased_question"] in log["eval_log_forget.json"]["generated_text"]["0"][0]
+    assert log["eval_log_forget.json"]["avg_gt_loss"] != plain["eval_log_forget.json"]["avg_gt_loss"]
+    assert log["eval_real_world_wo_options.json"] == plain["eval_real_world_wo_options.json"]
+    scores = json.loads((folder / "finished.json").read_text())
+    assert "Model Utility" in scores and not any("holdout" in name for name in scores)
+    assert "## eval_log_holdout: `eval_log_holdout.json`" in (folder / evaluate_util.REPORT).read_text()
+    with pytest.raises(ValueError, match="questions differ"):
+        metrics.forget_quality(log, plain)
+
+
+def test_report_shows_scores_intervals_and_rows(run):
+    """The page has each score with its interval, and of 12 rows the five best and the five worst, with their texts."""
+    retain = run("ds_size=12", save_dir="retain") / evaluate_util.AGGREGATED
+    folder = run("ds_size=12", f"retain_result={retain}")
+    text, scores = (folder / evaluate_util.REPORT).read_text(), json.loads((folder / "finished.json").read_text())
+    assert "| Forget Quality | 1 | 1 to 1 |" in text and "12 rows a side" in text
+    low, high = scores["Confidence Intervals"]["Prob. Retain"]
+    assert f"| Prob. Retain | {scores['Prob. Retain']:.4g} | {low:.4g} to {high:.4g} |" in text
+    assert low < scores["Prob. Retain"] < high
+    section = text.split("## Forget: `eval_log_forget.json`")[1]
+    shown = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if line[:3].strip("| ").isdigit()]
+    assert len(shown) == len(set(shown)) == 10
+
+
+@needs_shared
+@pytest.mark.parametrize("processes", [2, 3])
+def test_golden_logs_are_the_same_bytes_on_any_number_of_processes(launch, golden_bytes, tmp_path, processes):
+    model = SHARED / "golden" / "models" / "tiny-llama"
+    args = ("model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", f"model_path={model}", "save_dir=out")
+    launch("evaluate_util.py", *args, processes=processes, cwd=tmp_path)
+    assert (tmp_path / "out" / evaluate_util.AGGREGATED).read_bytes() == golden_bytes
+
+
+@pytest.fixture(scope="module")
+def golden_bytes(tmp_path_factory):
+    """The aggregated log of golden model tiny-llama from this one process."""
+    folder = tmp_path_factory.mktemp("golden")
+    evaluate(SHARED / "golden" / "models" / "tiny-llama", SHARED / "tofu", folder, family="llama2-7b", ds_size=300)
+    return (folder / evaluate_util.AGGREGATED).read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment(launch, model_folder, tmp_path):
+    """kill -9 at ten moments, two processes: every file is whole, and going on gives the uninterrupted bytes."""
+    args = ["model_family=tiny", f"data_path={MINI}", f"model_path={model_folder}", "batch_size=2", "overwrite=false"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*start, str(REPO / "evaluate_util.py"), *args]
+    began = time.monotonic()
+    launch("evaluate_util.py", *args, "save_dir=whole", processes=2, cwd=tmp_path)
+    took = time.monotonic() - began
+    draw, folder, held = random.Random(0), tmp_path / "cut", set()
+    for _ in range(10):
+        job = subprocess.Popen(
+            [*command, f"save_dir={folder}"], cwd=tmp_path, start_new_session=True, stdout=-3, stderr=-3
+        )
+        time.sleep(draw.uniform(0.4, 1.0) * took)
+        for path in folder.glob("*") if folder.is_dir() else ():
+            if path.suffix == ".json" and not path.name.startswith("."):
+                json.loads(path.read_text())
+                held.add(path.name)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    assert len(held) > 3
+    launch("evaluate_util.py", *args, "save_dir=cut", processes=2, cwd=tmp_path)
+    assert contents(folder) == contents(tmp_path / "whole")

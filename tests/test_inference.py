@@ -1,0 +1,110 @@
+"""The two forwards of an evaluation against plain ones: every architecture, every way that a batch can fall."""
+
+import pytest
+import torch
+import transformers
+
+import inference
+import losses
+import models
+from data_module import IGNORE, Sample, collate
+
+WORDS = 50
+COMMON = {
+    **{"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.3},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+ARCHITECTURES = {
+    "Llama": GROUPED,
+    "Phi": COMMON,
+    "GPTNeoX": COMMON,
+    "StableLm": GROUPED,
+    "Mistral": {**GROUPED, "sliding_window": 128},
+    "Qwen2": GROUPED,
+    "Qwen3": {**GROUPED, "head_dim": 8},
+    "Gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 128},
+    "Phi3": GROUPED,
+}
+
+
+def make(name: str) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def model(request):
+    return make(request.param)
+
+
+def rows(seed: int = 0) -> list[list[Sample]]:
+    """Questions of several lengths with answers that begin alike, one twice, one that is another's beginning."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, WORDS, (n,), generator=draw).tolist())
+
+    found = []
+    for length in (3, 9, 5):
+        question, start = words(length), words(4)
+        answers = [start + words(3), start + words(6), start, words(2), start]
+        found.append([Sample(question + a, (IGNORE,) * (length - 1) + a + (2,), False) for a in answers])
+    return found
+
+
+def test_tree_holds_what_is_shared_once():
+    samples = [
+        Sample((1, 5, 6), (IGNORE, 6, 2), False),
+        Sample((1, 5, 6, 7), (IGNORE, 6, 7, 2), False),
+        Sample((1, 5, 8), (IGNORE, 8, 2), False),
+    ]
+    tree = inference.tree(samples)
+    assert tree.tokens == [1, 5, 6, 7, 8] and tree.parents == [-1, 0, 1, 2, 1] and tree.depths == [0, 1, 2, 3, 2]
+    assert list(zip(tree.nodes, tree.targets, strict=True)) == [(1, 6), (2, 2), (2, 7), (3, 2), (1, 8), (4, 2)]
+    assert tree.paths == [[0, 1], [0, 2, 3], [4, 5]]
+
+
+def test_tree_scores_are_the_plain_ones(model):
+    """Each answer in a row of its own, padded, against one forward over the trees: 1e-5."""
+    with inference.ready(model, 64):
+        found = inference.score_trees(model, [inference.tree(samples) for samples in rows()])
+        for samples, scores in zip(rows(), found, strict=True):
+            view = models.score(model, collate({"forget": samples}))["forget"]
+            expected = -losses.sequence_logp(view)
+            assert [count for _, count in scores] == torch.bincount(view.sample).tolist()
+            assert [total for total, _ in scores] == pytest.approx(expected.tolist(), abs=1e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_greedy_is_generates_greedy(model, at_once):
+    """Prompts of several lengths and budgets in few places, against each alone by the library."""
+    prompts = [sample.input_ids for samples in rows(1) + rows(2) for sample in samples[:1]]
+    budgets = [12, 1, 30, 7, 30, 18]
+    with inference.ready(model, 64):
+        found = inference.greedy(model, prompts, budgets, [2, 7], at_once=at_once)
+    for prompt, budget, answer in zip(prompts, budgets, found, strict=True):
+        config = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=budget, eos_token_id=[2, 7], pad_token_id=0
+        )
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        assert answer == alone[: next((i for i, token in enumerate(alone) if token in (2, 7)), len(alone))]
+    assert any(len(answer) == budget for answer, budget in zip(found, budgets, strict=True))
+
+
+def test_a_window_shorter_than_the_text_is_refused():
+    with (
+        pytest.raises(inference.BadInput, match="attends to the last 128 tokens and a text has up to 200"),
+        inference.ready(make("Mistral"), 200),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_the_model_comes_back_as_it_was():
+    model = make("Llama").train()
+    with inference.ready(model, 10):
+        assert not model.training and not torch.is_grad_enabled()
+    assert model.training and torch.is_grad_enabled()
+    assert all(not parameter.is_inference() for parameter in model.parameters())
