@@ -178,6 +178,9 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
     except OmegaConfBaseException as error:
         raise BadInput(_told(error)) from None
     checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))
+    for key in ("save_dir", "save_file", "eval.save_dir"):
+        if OmegaConf.select(checked, key) is not None:  # no shell expands the ~ in save_dir=~/x
+            OmegaConf.update(checked, key, os.path.expanduser(OmegaConf.select(checked, key)))
     CHECKS[kind](checked)
     OmegaConf.set_readonly(checked, True)
     return checked
@@ -299,11 +302,26 @@ def _check_forget(cfg: DictConfig) -> None:
         if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
             raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
     _at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
-    cfg.model_path = _model_path(cfg.model_path, cfg.model_family)
+    cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:
         cfg.eval.model_path = cfg.model_path
+    _check_followers(cfg)
     _check_evaluate(cfg.eval, prefix="eval.")
+
+
+# what a run and its own evaluations have in common, because it is the model in memory that is evaluated
+FOLLOWERS = ("model_family", "model_path", "engine", "ds_config", "precision", "save_dir")
+
+
+def _check_followers(cfg: DictConfig) -> None:
+    """Raise BadInput where the command line says of eval.* what a run's own evaluations would ignore."""
+    for key in FOLLOWERS:
+        if cfg.eval[key] != cfg[key]:
+            raise BadInput(f"eval.{key}={cfg.eval[key]}: eval.{key} follows {key}={cfg[key]}: set {key}")
+    for key in ("use_pretrained", "reinitialize_weights"):
+        if cfg.eval[key]:
+            raise BadInput(f"eval.{key}=true: a run evaluates its own model; {key} belongs to evaluate_util.py alone")
 
 
 def _retain_split(split: str) -> str:
@@ -313,8 +331,17 @@ def _retain_split(split: str) -> str:
     return f"retain{100 - int(match[1]):02d}"
 
 
-def _model_path(path: str | None, model_family: str) -> str:
-    path = path or family(model_family).ft_model_path
+def _model_path(path: str | None, model_family: str, data_path: str) -> str:
+    """The model to start from: what the user names, else the family's own, which a newcomer has yet to make."""
+    if path:
+        return path
+    path = family(model_family).ft_model_path
+    if path is not None and path.count("/") != 1 and not utils.is_local(path):
+        raise BadInput(
+            f"model_path is missing, and {model_family}'s own (its ft_model_path in config/model_config.yaml), {path}, "
+            f"is not there yet: make it with python finetune.py model_family={model_family} data_path={data_path} "
+            f"split=full save_dir={path}, or name another model_path"
+        )
     if path is None:
         raise BadInput(
             f"model_path is missing and {model_family} has no ft_model_path: finetune first, then model_path=..."
@@ -406,6 +433,8 @@ def home(model_path: str | None, model_family: str, use_pretrained: bool | None 
         use_pretrained: the evaluation's own; there null means the family's pretrained model, and so does any if true.
     """
     found = family(model_family)
+    if model_path is not None:
+        model_path = str(model_path)  # a folder's name may look like a number
     if use_pretrained is not None:
         path = (None if use_pretrained else model_path) or found.hf_key
     else:
@@ -533,6 +562,9 @@ def _explain(error: Exception, name: str) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return _unknown(group or "--config-name", option.removesuffix(".yaml"), _options(group))
     if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if re.search(r"[~=()]", value) and '"' not in value:
+            return f"""{error.override}: Hydra reads ~ = ( ) only in quotes of its own: '{key}="{value}"'"""
         return f"{error.override} is no key=value that Hydra can read: {_one_line(error.message.split('See http')[0])}"
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         key = getattr(error.__cause__, "full_key", None) or match[1]

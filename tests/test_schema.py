@@ -74,6 +74,14 @@ def test_finetune_and_forget_refuse(override, said):
         (["forget_loss=dpo", "forget_loss.forget_args.beta=null"], "it must be a number"),
         (["forget_loss.forget_weight=nan"], "forget_loss.forget_weight=nan"),
         (["eval.batch_size=0"], "eval.batch_size=0: it must be at least 1"),
+        (["eval.engine=ddp"], "eval.engine=ddp: eval.engine follows engine=auto: set engine"),
+        (["eval.precision=fp32"], "eval.precision follows precision=auto: set precision"),
+        (["eval.ds_config=config/ds_config_zero2.json"], "eval.ds_config follows ds_config=config/ds_config.json"),
+        (["eval.model_path=o/m"], "eval.model_path follows model_path=locuslab/tofu_ft_llama2-7b: set model_path"),
+        (["eval.model_family=phi"], "eval.model_family follows model_family=llama2-7b: set model_family"),
+        (["eval.save_dir=x"], "eval.save_dir follows save_dir=runs/"),
+        (["eval.use_pretrained=true"], "eval.use_pretrained=true: a run evaluates its own model; use_pretrained"),
+        (["eval.reinitialize_weights=true"], "reinitialize_weights belongs to evaluate_util.py alone"),
         (["eval.data_path=[a,b]"], "eval.data_path has 2 entries and eval.eval_task 4"),
     ],
 )
@@ -176,6 +184,36 @@ def test_pretrained_goes_before_model_path():
     assert cfg.model_path == "microsoft/phi-1_5" and cfg.save_dir.startswith("runs/phi-1_5/")
 
 
+@pytest.mark.parametrize("name", ["2024", "nan"])
+def test_a_model_folder_may_be_named_like_a_number(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    cfg = checked("forget", f"model_path={name}")
+    assert cfg.save_dir.rpartition("/")[0] == cfg.model_path == cfg.eval.model_path
+    assert checked("eval_everything", f"model_path={name}").save_dir.endswith("/eval_results/ds_size300")
+
+
+def test_the_embedded_model_is_not_made_yet(monkeypatch, tmp_path):
+    """A newcomer's first forget.py: what makes the model that it would start from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "REPO", tmp_path)
+    assert (
+        "python finetune.py model_family=tiny data_path=data/mini split=full save_dir=runs/tiny/full, or name another"
+    ) in refused("forget", "model_family=tiny", "data_path=data/mini", f"ds_config={schema.CONFIG_DIR}/ds_config.json")
+    (tmp_path / "runs/tiny/full").mkdir(parents=True)
+    cfg = checked("forget", "model_family=tiny", f"ds_config={schema.CONFIG_DIR}/ds_config.json")
+    assert cfg.model_path.endswith("runs/tiny/full")
+
+
+def test_a_home_folder_is_found_in_where_to_save(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checked("finetune", 'save_dir="~/x"').save_dir == f"{tmp_path}/x"
+    cfg = checked("forget", 'save_dir="~/x"')
+    assert cfg.save_dir == cfg.eval.save_dir == f"{tmp_path}/x"
+    needed = ("retain_result=x", "ckpt_result=x", "submitted_by=x", "method_name=x")
+    assert checked("aggregate_eval_stat", *needed, 'save_file="~/x.csv"').save_file == f"{tmp_path}/x.csv"
+
+
 def test_families_are_typed(monkeypatch):
     broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**schema._families()["phi"], "tag": 1}})
     monkeypatch.setattr(schema, "_families", lambda: broken)
@@ -230,6 +268,8 @@ class TestEntry:
             (["--config-name", "forgets", "--help"], "--config-name=forgets is unknown"),
             (["lr"], "lr is no key=value"),
             (["lr=[1"], "lr=[1 is no key=value"),
+            (["save_dir=~/x"], """in quotes of its own: 'save_dir="~/x"'"""),
+            (["data_path=a=b"], """in quotes of its own: 'data_path="a=b"'"""),
             (["split=forget01,forget05"], "--multirun"),
             (["--nonsense"], "unrecognized arguments: --nonsense"),
             (["model_family=phy", "--cfg", "job", "--resolve"], "model_family=phy is unknown"),
