@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+    models.check_loadable(path, engine, family.flash_attention2)
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),

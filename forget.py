@@ -26,6 +26,7 @@ def main(cfg: DictConfig) -> None:
     terms = dataloader.objective(cfg.forget_loss)
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+    models.check_loadable(path, engine, family.flash_attention2)
     evaluates = cfg.eval_only or cfg.eval_while_train
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name) if evaluates else None
     if cfg.eval_only:

@@ -109,6 +109,36 @@ def engine(name: str, ds_config: str, precision: str) -> Engine:
     return Engine(name, bf16, found)
 
 
+def check_loadable(path: str, engine: Engine, flash_attention2: bool) -> None:
+    """Refuse what `load` could not do; called before a run has a folder or reads a weight.
+
+    Args:
+        path: as `resolve` gave it.
+
+    Raises:
+        BadInput: only an adapter where the processes share one model, or one without its base; flash_attention2 where
+            it is not installed.
+    """
+    if flash_attention2 and not is_flash_attn_2_available():
+        raise BadInput("flash_attention2: true in model_config.yaml needs the flash_attn package and a CUDA GPU")
+    if not _is_adapter(path):
+        return
+    if engine.sharded:  # merging needs the whole model
+        raise BadInput(
+            f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
+            "(our runs save merged models)"
+        )
+    resolve(_base(path), f"{path}/adapter_config.json: base_model_name_or_path")
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def _base(path: str) -> str:
+    return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
 def _stand_alone() -> None:
     """Tell DeepSpeed, which asks MPI otherwise, that a process without a launcher is alone."""
     if "RANK" in os.environ:
@@ -125,10 +155,8 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: no fast tokenizer (the answer's first token is found by character offsets), or no end token.
     """
-    if (adapter := Path(path) / "adapter_config.json").is_file() and not (
-        Path(path) / "tokenizer_config.json"
-    ).is_file():
-        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if _is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = _base(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer of {path} is a slow one: a fast tokenizer (tokenizer.json) is needed")
@@ -153,29 +181,22 @@ def load(
     """The causal language model in `path`; a folder with only an adapter is merged into its base in memory.
 
     Args:
-        path: a local folder or hub id, as `resolve` gave it.
+        path: a local folder or hub id, as `resolve` gave it and `check_loadable` passed it.
         flash_attention2: attend by the flash_attn package; else transformers chooses.
         dtype: of the weights. Full finetuning needs float32 masters: an Adam step of 1e-5 leaves 84 % of bf16 weights
             where they were.
         shard: split the parameters over all processes (FSDP2), as the model is read: no process ever holds it whole.
         bf16_compute: with `shard`, compute in bf16 over the float32 shards.
         random_weights: only the architecture is taken from `path`; the weights are drawn from the seed.
-
-    Raises:
-        BadInput: an adapter together with `shard`; flash_attention2 where it is not installed.
     """
     kwargs: dict[str, Any] = {"dtype": dtype}
     if flash_attention2:
-        if not is_flash_attn_2_available():
-            raise BadInput("flash_attention2: true in model_config.yaml needs the flash_attn package and a CUDA GPU")
         kwargs["attn_implementation"] = "flash_attention_2"
     if random_weights:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **kwargs)
-    if (Path(path) / "adapter_config.json").is_file():
-        if shard:
-            raise BadInput(f"{path} holds only an adapter: merge it first (our runs save merged models)")
-        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **kwargs), path).merge_and_unload()
+    if _is_adapter(path):
+        base = AutoModelForCausalLM.from_pretrained(_base(path), **kwargs)
+        return PeftModel.from_pretrained(base, path).merge_and_unload()
     if shard:
         kwargs["distributed_config"] = DistributedConfig(
             fsdp_size=utils.world_size(), fsdp_mixed_precision=bf16_compute
@@ -188,7 +209,11 @@ def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_wei
 
     Args:
         path, flash_attention2, random_weights: as of `load`.
+
+    Raises:
+        BadInput: as of `check_loadable`, which a script asks before it makes a folder.
     """
+    check_loadable(path, engine, flash_attention2)
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
     config = {

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 from conftest import SHARED, needs_shared
@@ -169,6 +170,33 @@ def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, s
         assert not (tmp_path / "run").exists()
     else:  # the losses before the stop can be read
         assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]["loss"] < 0
+
+
+@pytest.mark.parametrize(
+    ("base", "args", "said"),
+    [
+        (None, ["engine=deepspeed"], "holds only an adapter, which no engine that shards can load: take engine=ddp"),
+        (None, ["engine=deepspeed", "eval_only=true"], "holds only an adapter"),
+        ("nowhere", ["engine=ddp"], "adapter_config.json: base_model_name_or_path=nowhere: no such folder"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded(capsys, model_folder, tmp_path, monkeypatch, base, args, said):
+    import forget
+
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(variable, "")  # what DeepSpeed is told without a launcher goes when the test does
+        monkeypatch.delenv(variable)
+    adapter = shutil.copytree(
+        model_folder, tmp_path / "adapter", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+    )
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base or str(model_folder)}))
+    monkeypatch.setattr(
+        "sys.argv", ["forget.py", *SMALL[:2], f"model_path={adapter}", f"save_dir={tmp_path}/run", *args]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        forget.main()
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_some_of_the_four_sets(model_folder, tmp_path, monkeypatch):
