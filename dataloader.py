@@ -349,12 +349,17 @@ def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs:
     return f"{said}: take num_epochs={-(-(MOVING + 1) // _steps(samples, 1))}"
 
 
+def weights_type(engine: Engine, lora: Any) -> torch.dtype:
+    """Float32 masters where all weights train; a base that only adapters change in the computation's precision."""
+    return torch.bfloat16 if engine.bf16 and lora.r else torch.float32
+
+
 def load_model(path: str, engine: Engine, lora: Any, flash_attention2: bool) -> PreTrainedModel:
     """The model to train: float32 weights, or adapters in float32 on a base in the precision of the computation."""
     model = models.load(
         path,
         flash_attention2=flash_attention2,
-        dtype=torch.bfloat16 if engine.bf16 and lora.r else torch.float32,
+        dtype=weights_type(engine, lora),
         shard=engine.name == "fsdp",
         bf16_compute=engine.bf16,
     )

@@ -44,7 +44,8 @@ def main(cfg: DictConfig) -> None:
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
     frozen, logps, needs = None, None, dataloader.references(terms)
     if "logp" in needs or ("live" in needs and not cfg.LoRA.r):  # with LoRA the live one is the model, adapters off
-        frozen = models.load_frozen(path, engine, flash_attention2=family.flash_attention2)
+        trained_in = dataloader.weights_type(engine, cfg.LoRA)
+        frozen = models.load_frozen(path, engine, flash_attention2=family.flash_attention2, trained_in=trained_in)
     if "logp" in needs:
         logps = dataloader.reference_logps(frozen, data, terms, cfg.num_epochs, cfg.batch_size, engine.sharded)
     if "live" not in needs or cfg.LoRA.r:

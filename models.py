@@ -204,11 +204,20 @@ def load(
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
 
-def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_weights: bool = False) -> torch.nn.Module:
+def load_frozen(
+    path: str,
+    engine: Engine,
+    *,
+    flash_attention2: bool,
+    random_weights: bool = False,
+    trained_in: torch.dtype | None = None,
+) -> torch.nn.Module:
     """A model that only predicts, for an evaluation or as reference: in place, in eval mode, sharded where `engine` is.
 
     Args:
         path, flash_attention2, random_weights: as of `load`.
+        trained_in: for the reference of a training, the type of the trained model's weights: it then computes exactly
+            as that one does before its first step. None: weights in the precision of the computation.
 
     Raises:
         BadInput: as of `check_loadable`, which a script asks before it makes a folder.
@@ -216,6 +225,7 @@ def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_wei
     check_loadable(path, engine, flash_attention2)
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
+    autocast = trained_in is not None and engine.name != "deepspeed"  # DeepSpeed itself turns what it trains into bf16
     config = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it; nothing is trained
         "zero_optimization": {
@@ -230,7 +240,7 @@ def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_wei
         model = load(
             path,
             flash_attention2=flash_attention2,
-            dtype=dtype,
+            dtype=trained_in if autocast else dtype,
             shard=engine.name == "fsdp",
             bf16_compute=engine.bf16,
             random_weights=random_weights,
@@ -240,6 +250,8 @@ def load_frozen(path: str, engine: Engine, *, flash_attention2: bool, random_wei
             unset_hf_deepspeed_config()
     model.requires_grad_(False)
     model.eval()
+    if autocast and engine.bf16:  # as accelerate does to the model that it trains
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     if zero3:
         import deepspeed
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import pytest
@@ -170,6 +171,21 @@ def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, s
         assert not (tmp_path / "run").exists()
     else:  # the losses before the stop can be read
         assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]["loss"] < 0
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
+def test_in_bf16_a_model_starts_equal_to_its_reference(model_folder, tmp_path, monkeypatch, loss, term, start, lora):
+    """The first step's learning rate is 0: dpo is 2 / beta ln 2, and KL nothing."""
+    import forget
+
+    args = (*SMALL, f"model_path={model_folder}", "split=forget05", f"forget_loss={loss}", "precision=bf16", "lr=1e-3")
+    cut = ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "save_model=false", f"LoRA.r={lora}")
+    monkeypatch.setattr("sys.argv", ["forget.py", *args, *cut, "LoRA.dropout=0", f"save_dir={tmp_path}/run"])
+    forget.main()
+    first, last = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][:4:3]
+    assert first[term] == pytest.approx(start, abs=1e-6 if loss == "KL" else 1e-2)
+    assert abs(last[term] - start) > 1e-4, "and then it moves away"
 
 
 @pytest.mark.parametrize(
