@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
@@ -485,6 +487,9 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     name = _named(argv, config_name)
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
+                    _check_fits(name, config_name, argv[0])
+                    if {"--multirun", "-m"} & set(argv[1:]):
+                        _check_sweep(name, _theirs(argv[1:]))
                     sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
                     with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
                         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
@@ -518,8 +523,57 @@ def _overrides(scratch: str) -> list[str]:
 
 def _ordered(args: list[str], ours: list[str]) -> list[str]:
     """Flags first, then our overrides, then the user's, wherever they stood: argparse wants them in one piece."""
-    theirs = [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+    theirs = _theirs(args)
     return [*(arg for arg in args if arg not in theirs), *ours, *theirs]
+
+
+def _theirs(args: list[str]) -> list[str]:
+    """The overrides on a command line."""
+    return [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+
+
+def _check_fits(name: str, default: str, script: str) -> None:
+    """Raise BadInput if the config `name` is one of another script's than the one that takes `default`."""
+    if name == default or name not in _options():
+        return
+    kind, fits = _kind(default), [option for option in _options() if _kind(option) == _kind(default)]
+    if _kind(name) not in (kind, None):
+        raise BadInput(
+            f"--config-name={name} is another script's config: {os.path.basename(script)} takes {', '.join(fits)}"
+        )
+
+
+def _kind(name: str) -> type | None:
+    """The dataclass whose fields a config's keys are; None where they are no script's."""
+    keys = {key.split(".")[0] for key, _, _ in _explained(name)}
+    return next((kind for kind in CHECKS if keys == set(get_type_hints(kind))), None)
+
+
+def _check_sweep(name: str, overrides: list[str]) -> None:
+    """Raise BadInput if two jobs of a sweep would write to one place: said before the first of them has trained.
+
+    Silent where Hydra or the job has something else to refuse, and where only a job knows its place (${hydra:job.num}).
+    """
+    written: dict[str, list[str]] = {}
+    HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+            for job in jobs:
+                cfg = hydra.compose(name, job)
+                key = "save_dir" if "save_dir" in cfg else "save_file"
+                place = str(cfg[key])
+                if place in written:
+                    break
+                written[place] = job
+            else:
+                return
+    except (HydraException, OmegaConfBaseException, BadInput):
+        return
+    swept = [one.split("=", 1)[0] for one, other in zip(job, written[place], strict=True) if one != other]
+    named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
+    said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
+    raise BadInput(f"{said}: put the swept key into it, {key}='{place}{named}'")
 
 
 def _named(argv: list[str], default: str) -> str:

@@ -303,6 +303,33 @@ class TestEntry:
             *(("KL", "forget01"), ("KL", "forget10"), ("dpo", "forget01"), ("dpo", "forget10")),
         ]
 
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (
+                ["seed=1,2", "save_dir=out"],
+                "seed=1 save_dir=out and seed=2 save_dir=out, share save_dir=out: put the swept key into it, "
+                "save_dir='out_${seed}'",
+            ),
+            (["forget_loss=KL,dpo", "save_dir=out"], "save_dir='out_${forget_loss.name}'"),
+            (["weight_decay=0,0.1", "model_path=o/m"], "_${weight_decay}'"),
+        ],
+    )
+    def test_jobs_of_a_sweep_do_not_share_a_folder(self, command, args, said):
+        code, _, err, jobs = command("-m", *args)
+        assert (code, jobs) == (2, []) and err.count("\n") == 1 and said in err, err
+
+    def test_a_sweep_may_name_its_folders_by_job(self, command):
+        assert command("--multirun", "seed=1,2", "save_dir=out${hydra:job.num}")[0] == 0
+        code, _, err, _ = command("-m", "sed=1,2", "save_dir=out")
+        assert code == 2 and "did you mean seed" in err
+
+    @pytest.mark.parametrize("name", ["finetune", "finetune_lora", "eval_everything", "aggregate_eval_stat"])
+    def test_a_config_of_another_script(self, command, name):
+        code, _, err, jobs = command(f"--config-name={name}.yaml", "model_path=o/m")
+        assert (code, jobs) == (2, [])
+        assert err == f"error: --config-name={name} is another script's config: forget.py takes forget, forget_lora\n"
+
     def test_cfg_shows_the_config(self, command):
         code, out, _, jobs = command("--cfg", "job", "lr=3")
         assert code == 0 and jobs == [] and OmegaConf.create(out).lr == 3
