@@ -7,22 +7,43 @@
 #
 # From the environment: RUNS (folder of all runs: runs/FAMILY), DATA (data_path), LAUNCH (python, or a torchrun line),
 # FINETUNE, FORGET, EVALUATE (more key=value for each script), TEAM (the Submitted By column).
+# A complete run that was made with other settings, or from an older model, stops the script: it never passes as new.
 set -euo pipefail
-[ $# -eq 3 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 3 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 family=$1 split=$2 losses=$3
+fail() { echo "error: $*" >&2; exit 2; }
+[[ $split =~ ^forget[0-9]{2}$ && $split != forget00 ]] || fail "SPLIT=$split: it must be forget01, forget05, forget10 or the like"
 here=$(cd "$(dirname "$0")/.." && pwd)
 runs=${RUNS:-runs/$family} data=${DATA:-locuslab/TOFU}
 launch=${LAUNCH:-${PYTHON:-python}}
 percent=$((10#${split#forget}))
-retain=retain$((100 - percent))
+retain=retain$(printf '%02d' $((100 - percent)))
 log=eval_log_aggregated.json
 
-# run SAVE_DIR SCRIPT key=value ...: nothing where the run is complete, again from the start where it was cut off
+# newer SAVE_DIR key=value ...: the input, if any, that was made after the complete run in SAVE_DIR
+newer() {
+    local save=$1 arg input; shift
+    for arg in "$@"; do
+        case $arg in
+            model_path=*) input=${arg#*=}/finished.json ;;
+            retain_result=* | eval.retain_result=*) input=${arg#*=} ;;
+            *) continue ;;
+        esac
+        if [ "$input" -nt "$save/finished.json" ]; then echo "$input"; return; fi
+    done
+}
+
+# run SAVE_DIR SCRIPT key=value ...: nothing where that run is complete, again from the start where it was cut off
 run() {
-    local save=$1 script=$2; shift 2
-    if [ -f "$save/finished.json" ]; then echo "complete: $save"; return; fi
-    local again=overwrite_dir=true
+    local save=$1 script=$2 again=overwrite_dir=true differs after; shift 2
     [ "$script" = evaluate_util.py ] && again=overwrite=true
+    if [ -f "$save/finished.json" ]; then
+        differs=$(${PYTHON:-python} "$here/scripts/made_with.py" "$save" model_family="$family" "$@")
+        [ -z "$differs" ] || fail "$save was made with other settings: $differs; remove it or set RUNS=..."
+        after=$(newer "$save" "$@")
+        if [ -z "$after" ]; then echo "complete: $save"; return; fi
+        [ "$script" = evaluate_util.py ] || fail "$save is older than $after, which it was made from; remove it or set RUNS=..."
+    fi
     echo "== $script $* save_dir=$save"
     # shellcheck disable=SC2086 (a launcher is several words)
     $launch "$here/$script" model_family="$family" "$@" save_dir="$save" $again
@@ -43,10 +64,17 @@ evaluate() {
 evaluate "$runs/$retain"
 oracle=$runs/$retain/eval_$split/$log
 evaluate "$runs/full" retain_result="$oracle"
+watched=()  # of an unlearning's own evaluations; how the model is computed with follows the run's own keys
+if [[ " ${FORGET:-} " == *" eval_while_train="* ]]; then
+    for one in ${EVALUATE:-}; do
+        case $one in engine=* | ds_config=* | precision=*) ;; *) watched+=("eval.$one") ;; esac
+    done
+    watched+=("eval.retain_result=$oracle")
+fi
 for loss in $losses; do
     # shellcheck disable=SC2086
     run "$runs/${split}_$loss" forget.py model_path="$runs/full" data_path="$data" split="$split" forget_loss="$loss" \
-        ${EVALUATE:+$(printf 'eval.%s ' $EVALUATE)} eval.retain_result="$oracle" ${FORGET:-}
+        ${watched[@]+"${watched[@]}"} ${FORGET:-}
     evaluate "$runs/${split}_$loss" retain_result="$oracle"
     ${PYTHON:-python} "$here/aggregate_eval_stat.py" retain_result="$oracle" method_name="$loss" \
         ckpt_result="$runs/${split}_$loss/eval_$split/$log" submitted_by="${TEAM:-${USER:-me}}" \
