@@ -43,7 +43,7 @@ OPENUNLEARNING = ("TOFU_EVAL.json", "TOFU_SUMMARY.json")
 OWN = ("eval_*.json", AGGREGATED, STATISTICS, REPORT, FINGERPRINTS, *OPENUNLEARNING)  # what an evaluation writes
 VERSION = 1  # part of every fingerprint: raise it whenever a change of the code moves a number
 SEED = 42  # only reinitialize_weights draws anything
-SCORED_AT_ONCE = 2048  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
+SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
 LOGITS_AT_ONCE = 2**28  # numbers, 1 GiB in float32: bounds such a batch where the vocabulary is large
 REFILLS = 2  # prompts that share a generation's places, in multiples of batch_size: more keep the places full
 INSTEAD = {"paraphrased_question": "question"}  # the two real-world sets have no paraphrases
@@ -238,8 +238,9 @@ def evaluate(
         name = task.data.task
         if name in todo:
             with inference.ready(model, _reach(task)):
-                scores = _score_rows(model, task, sharded)
+                # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
                 texts = _generate_rows(model, tokenizer, task, batch_size, sharded)
+                scores = _score_rows(model, task, sharded)
             logs[f"{name}.json"] = _log_of(task, scores, texts, save_generated_text)
             if utils.rank() == 0:
                 utils.write_json(folder / f"{name}.json", logs[f"{name}.json"])

@@ -241,7 +241,7 @@ def greedy(
         The new tokens of each prompt, without the end token.
     """
     device = model.device
-    places = _Places(min(at_once, len(prompts)), max(len(p) + b for p, b in zip(prompts, budgets, strict=True)))
+    places = _Places(min(at_once, len(prompts)), max(len(p) + b - 1 for p, b in zip(prompts, budgets, strict=True)))
     cache = Cache(layer_class_to_replicate=places.layer)
     waiting, active = list(range(len(prompts)))[::-1], []  # active: the prompt in each place
     answers: list[list[int]] = [[] for _ in prompts]
