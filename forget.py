@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     models.check_loadable(path, engine, family.flash_attention2)
     evaluates = cfg.eval_only or cfg.eval_while_train
-    evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name) if evaluates else None
+    evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:
         out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
         model = models.load_frozen(path, engine, flash_attention2=family.flash_attention2)
