@@ -228,6 +228,8 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
         result = trainer.train()
     finally:
         trainer.save_state()
+    if hasattr(trainer.model_wrapped, "empty_partition_cache"):  # ZeRO-3 has begun to fetch what no forward came to use
+        trainer.model_wrapped.empty_partition_cache()
     trainer.stop_if_weights_not_finite()
     return {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]}
 

@@ -595,6 +595,7 @@ def _log() -> None:
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # DeepSpeed's calls, at every step
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     if utils.rank() > 0:  # rank 0 passes on what libraries warn of
         warnings.simplefilter("ignore")
         for library in ("transformers", "accelerate", "peft"):
