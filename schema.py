@@ -193,7 +193,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 def _fit(kind: type, values: dict[str, Any], prefix: str = "") -> None:
     """Raise BadInput unless every value has a place in the dataclass `kind`, and that place's type."""
-    hints = get_type_hints(kind)
+    hints, typed = get_type_hints(kind), OmegaConf.structured(kind)
     for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
         full = f"{prefix}{key}"
         if key not in hints:
@@ -207,7 +207,7 @@ def _fit(kind: type, values: dict[str, Any], prefix: str = "") -> None:
             _fit(hint, value, f"{full}.")
             continue
         try:
-            OmegaConf.merge(OmegaConf.structured(kind), {key: value})
+            typed[key] = value
         except OmegaConfBaseException:
             said = f"{full} is missing" if value is None else f"{full}={value}"
             raise BadInput(f"{said}: it must be {_words(hint)}") from None
