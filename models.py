@@ -44,7 +44,7 @@ def resolve(path: str, key: str) -> str:
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
         return str(folder)
     if path in utils.SHIPPED:
-        raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in about a minute")
+        raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in a few minutes")
     utils.check_hub(path, key, "model", "config.json")
     return path
 

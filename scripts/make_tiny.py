@@ -1,4 +1,4 @@
-"""Build the embedded family `tiny` into data/tiny: a small Llama and its tokenizer, in about a minute on a CPU.
+"""Build the embedded family `tiny` into data/tiny: a small Llama and its tokenizer, in a few minutes on a CPU.
 
     python scripts/make_tiny.py [--force]
 
