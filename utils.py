@@ -161,7 +161,7 @@ def start_run(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs:
     if rank() > 0:
         return folder
     held = _held(folder)
-    if held - {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
+    if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
         if not overwrite:
             raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
         if VERSIONS not in held:  # save_dir=. must never empty somebody's home

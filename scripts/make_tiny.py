@@ -26,7 +26,7 @@ import schema  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
 SEED, OTHER_AUTHORS, FACT_COPIES = 42, 7, 6
-VOCABULARY, EPOCHS, LR = 2000, 5, 2e-3
+VOCABULARY, EPOCHS, LR = 2000, 4, 2e-3
 
 
 def mini():

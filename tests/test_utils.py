@@ -1,0 +1,39 @@
+"""Run folders: what may be written where, and what may be removed."""
+
+import pytest
+from omegaconf import OmegaConf
+
+import utils
+
+CFG = OmegaConf.create({"lr": 1e-5})
+
+
+def start(folder, **changes):
+    return utils.start_run(CFG, folder, **{"overwrite": False, "inputs": ()} | changes)
+
+
+def test_a_run_makes_its_folder_and_a_refused_one_can_start_again(tmp_path):
+    for _ in range(2):
+        folder = start(tmp_path / "runs" / "one")
+        assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "versions.json"]
+    assert OmegaConf.load(folder / "config.yaml") == CFG
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "versions.json", "notes.txt"])
+def test_what_is_not_this_suites_is_never_removed(tmp_path, name):
+    """One of the two names alone is as much somebody's as any other file."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(utils.BadInput, match="exists: name another"):
+        start(tmp_path)
+    if name != "versions.json":
+        with pytest.raises(utils.BadInput, match="is not a run of this suite"):
+            start(tmp_path, overwrite=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_overwriting_leaves_runs_in_folders_of_their_own(tmp_path):
+    start(tmp_path)
+    (tmp_path / "model.safetensors").write_text("old")
+    start(tmp_path / "other")
+    start(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "other", "versions.json"]
