@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 MINI = REPO / "data" / "mini"
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; it moves no number
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
