@@ -70,6 +70,7 @@ class Task(NamedTuple):
     answers: list[list[tuple[str, int]]]  # a path of a row's tree: gt, paraphrased or perturb, and its number
     trees: list[Tree]
     prompts: list[list[int]]
+    likely: list[list[tuple[int, ...]]]  # of each prompt, its answered texts: generating is faster where it follows one
     budgets: list[int]  # the most tokens generated for a row; 0 where its prompt fills max_length
 
 
@@ -122,7 +123,7 @@ def prepare(
     Raises:
         BadInput: a row without an answer token within max_length.
     """
-    task = Task(data, [], [], [], [], [])
+    task = Task(data, [], [], [], [], [], [])
     cut = scored = 0
     for row in data.rows:
         question = row[data.question_key]
@@ -139,6 +140,7 @@ def prepare(
         task.answers.append(list(answers))
         task.trees.append(inference.tree(samples))
         task.prompts.append(tokenizer(task.questions[-1])["input_ids"])
+        task.likely.append([(*sample.input_ids, sample.targets[-1]) for sample in samples])
         task.budgets.append(max_new_tokens or max(0, max_length - len(task.prompts[-1])))
     if cut:
         log.info("%s: %d of %d scored texts are cut at max_length=%d", data.task, cut, scored, max_length)
@@ -293,6 +295,7 @@ def _generate_rows(
             [task.budgets[i] for i in batch],
             ends,
             at_once=batch_size,
+            known=[task.likely[i] for i in batch],
             before_forward=together.work if together else lambda: None,
         )
         found.update(zip(batch, tokens, strict=True))

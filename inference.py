@@ -17,7 +17,9 @@ from transformers.cache_utils import DynamicLayer
 from data_module import IGNORE, Sample
 from utils import BadInput
 
-REFILL = 4  # free places are given to new prompts a quarter of all at a time: each time costs a forward of its own
+REFILL = 4  # places are given to prompts a quarter of all at a time: a forward each time, but no large one
+WIDEST = 8  # tokens of a place in one step: its last and guesses at what follows
+GUESSING = 0.4  # a step is as wide as this share of its places can fill with guesses
 
 
 @contextmanager
@@ -141,7 +143,7 @@ class _Places:
     def __init__(self, count: int, room: int) -> None:
         self.count, self.room = count, room
         self.first = 0  # a prefill's prompts go to the places from here on
-        self.positions: Tensor | None = None  # (n,) a step's token of place i goes there; None in a prefill
+        self.positions: Tensor | None = None  # (n, w) a step's tokens of place i go there; None in a prefill
         self.length = 0  # positions that a step looks at
 
     def layer(self) -> "_Layer":
@@ -173,9 +175,9 @@ class _Layer(DynamicLayer):
             for kept, new in ((self.keys, key_states), (self.values, value_states)):
                 kept[places.first : places.first + n, :, : new.shape[2]] = new
             return key_states, value_states
-        rows = torch.arange(n, device=self.device)
+        rows = torch.arange(n, device=self.device)[:, None]
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[rows, :, places.positions] = new[:, :, 0]
+            kept[rows, :, places.positions] = new.transpose(1, 2)
         return self.keys[:n, :, : places.length], self.values[:n, :, : places.length]
 
     def get_seq_length(self) -> int:
@@ -217,6 +219,35 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
+class _Guess:
+    """Guesses how a text goes on: as the text that it last agreed with, or that last had the same two tokens before.
+
+    A model that has learned an answer writes it word for word, and one that has lost its way repeats itself: so most
+    tokens can be guessed, and a guess costs little where the model reads it together with the token before.
+    """
+
+    def __init__(self, prompt: Sequence[int], known: Sequence[Sequence[int]]) -> None:
+        self.text: list[int] = list(prompt)
+        self.after: dict[tuple[int, int], tuple[Sequence[int], int]] = {}  # two tokens -> a text, and where it goes on
+        self.source, self.place = self.text, len(self.text)
+        for text in (self.text, *reversed(known)):
+            self.after.update({(text[i - 2], text[i - 1]): (text, i) for i in range(len(text) - 1, 1, -1)})
+
+    def append(self, token: int) -> None:
+        """The text goes on with this token."""
+        followed = self.place < len(self.source) and self.source[self.place] == token
+        self.text.append(token)
+        self.place += 1
+        if not followed or self.place >= len(self.source):
+            self.source, self.place = self.after.get(tuple(self.text[-2:]), (self.text, len(self.text)))
+        if len(self.text) > 2:
+            self.after[self.text[-3], self.text[-2]] = self.text, len(self.text) - 1
+
+    def next(self, count: int) -> Sequence[int]:
+        """At most `count` tokens."""
+        return self.source[self.place : self.place + count]
+
+
 def greedy(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -224,55 +255,64 @@ def greedy(
     ends: Collection[int],
     *,
     at_once: int,
+    known: Sequence[Sequence[Sequence[int]]] | None = None,
     before_forward: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The most likely next token, again and again, up to an end token or the prompt's own budget.
 
-    At most `at_once` prompts are in work. One that ends makes room: its place goes to a waiting prompt, or away.
+    At most `at_once` prompts are in work. One that ends makes room: its place goes to a waiting prompt, or away. A step
+    reads each place's last token and guesses at those that follow; it keeps a guess where it is what the model writes.
 
     Args:
         model: `ready`.
         prompts: token ids of each, one at least.
         budgets: the most new tokens of each, one at least.
         ends: ids of the tokens that end an answer.
+        known: of each prompt, texts that its answer may follow, the likeliest first: they move no token, only the time.
         before_forward: called before every forward (see `Together`).
 
     Returns:
         The new tokens of each prompt, without the end token.
     """
     device = model.device
-    places = _Places(min(at_once, len(prompts)), max(len(p) + b - 1 for p, b in zip(prompts, budgets, strict=True)))
+    limits = [len(p) + b for p, b in zip(prompts, budgets, strict=True)]
+    places = _Places(min(at_once, len(prompts)), max(limits) + WIDEST)
     cache = Cache(layer_class_to_replicate=places.layer)
     waiting, active = list(range(len(prompts)))[::-1], []  # active: the prompt in each place
-    answers: list[list[int]] = [[] for _ in prompts]
+    texts = [_Guess(p, k) for p, k in zip(prompts, known or [[]] * len(prompts), strict=True)]
+    refill = -(-places.count // REFILL)
 
     while waiting or active:
         before_forward()
         free = places.count - len(active)
-        if waiting and (not active or free >= min(len(waiting), -(-places.count // REFILL))):
-            new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+        if waiting and (not active or free >= min(len(waiting), refill)):
+            new = [waiting.pop() for _ in range(min(free, len(waiting), refill))]
             places.first, places.positions = len(active), None
-            tokens = _read(model, cache, [prompts[i] for i in new], device)
+            read, found = [[]] * len(new), _read(model, cache, [prompts[i] for i in new], device)
             first = len(active)
             active += new
         else:
-            lengths = [len(prompts[i]) + len(answers[i]) for i in active]
-            places.positions, places.length = torch.tensor(lengths, device=device) - 1, max(lengths)
-            tokens = _step(model, cache, places, [answers[i][-1] for i in active], device)
+            read = _guesses([texts[i] for i in active])
+            found = _step(model, cache, places, [texts[i].text for i in active], read, max(limits), device)
             first = 0
         over = set()
-        for place, token in enumerate(tokens, first):
-            answer = answers[active[place]]
-            answer.append(token)
-            if token in ends or len(answer) >= budgets[active[place]]:
-                over.add(place)
+        for place, (guesses, tokens) in enumerate(zip(read, found, strict=True), first):
+            text, limit = texts[active[place]], limits[active[place]]
+            for token, guess in zip(tokens, [*guesses, None], strict=False):
+                text.append(token)
+                if token in ends or len(text.text) >= limit:
+                    over.add(place)
+                    break
+                if token != guess:
+                    break
         if over:
-            active = _close_up(cache, active, over, max(len(prompts[i]) + len(answers[i]) for i in active), device)
+            active = _close_up(cache, active, over, max(len(texts[i].text) for i in active), device)
+    answers = [text.text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
     return [answer[:-1] if answer[-1] in ends else answer for answer in answers]
 
 
-def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.device) -> list[int]:
-    """Read new prompts into their places; the first token that each is answered with."""
+def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.device) -> list[list[int]]:
+    """Read new prompts into their places; the first token that each is answered with, in a list of its own."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     at = torch.arange(width, device=device)
@@ -284,20 +324,41 @@ def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.devic
         logits_to_keep=at == lengths[:, None] - 1,
         use_cache=True,
     ).logits
-    return logits.argmax(-1).tolist()
+    return logits.argmax(-1)[:, None].tolist()
 
 
-def _step(model, cache: Cache, places: _Places, tokens: list[int], device: torch.device) -> list[int]:
-    """The next token in every active place."""
-    visible = torch.arange(places.length, device=device) <= places.positions[:, None]
-    logits = model(
-        input_ids=torch.tensor(tokens, device=device)[:, None],
-        attention_mask=_additive(visible[:, None, None], model.dtype),
-        position_ids=places.positions[:, None],
+def _guesses(texts: list[_Guess]) -> list[Sequence[int]]:
+    """What each place guesses; as many at most as a share of all places can guess, since a step is one rectangle."""
+    guesses = [text.next(WIDEST - 1) for text in texts]
+    lengths = sorted((len(guess) for guess in guesses), reverse=True)
+    width = lengths[int(GUESSING * len(lengths))]
+    return [guess[:width] for guess in guesses]
+
+
+def _step(
+    model,
+    cache: Cache,
+    places: _Places,
+    texts: list[list[int]],
+    guesses: list[Sequence[int]],
+    limit: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """The next token after each place's text, and after each of its guesses; no text is longer than `limit`."""
+    width = 1 + max(map(len, guesses))
+    last = torch.tensor([len(text) - 1 for text in texts], device=device)
+    places.positions = last[:, None] + torch.arange(width, device=device)
+    places.length = max(map(len, texts)) + width - 1
+    visible = torch.arange(places.length, device=device) <= places.positions[:, :, None]
+    ids = [[text[-1], *guess, *[0] * (width - 1 - len(guess))] for text, guess in zip(texts, guesses, strict=True)]
+    logits = model(  # what is written of a wrong guess is written over before anything can see it
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=_additive(visible[:, None], model.dtype),
+        position_ids=places.positions.clamp(max=limit - 1),  # a guess beyond is nobody's, and perhaps not the model's
         past_key_values=cache,
         use_cache=True,
     ).logits
-    return logits[:, -1].argmax(-1).tolist()
+    return logits.argmax(-1).tolist()
 
 
 def _close_up(cache: Cache, active: list[int], over: set[int], length: int, device: torch.device) -> list[int]:

@@ -46,7 +46,7 @@ SETS = {  # log -> split, right answer in the truth ratio
     "eval_log_forget": ("forget10_perturbed", "paraphrased_answer"),
 }
 FAMILY, MAX_LENGTH, BATCH = "llama2-7b", 200, 30
-AT_ONCE = 60  # ours: `batch_size` is a cap on memory, and 60 prompts in work need no more than B does
+AT_ONCE = 44  # ours: `batch_size` is a cap on memory, and 44 prompts in work need no more than B does
 Scores = dict[tuple[str, int, int], float]  # set, row, completion -> sum of token losses
 
 

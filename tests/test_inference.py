@@ -94,6 +94,36 @@ def test_greedy_is_generates_greedy(model, at_once):
     assert any(len(answer) == budget for answer, budget in zip(found, budgets, strict=True))
 
 
+def test_known_texts_move_no_token_and_save_steps(model):
+    """An answer that is known is written in ceil(30 / WIDEST) steps; a wrong one costs none."""
+    prompt, wrong = (1, *rows(3)[1][0].input_ids), (1, *rows(4)[1][0].input_ids)
+
+    def write(*known):
+        forwards = []
+        found = inference.greedy(
+            model, [prompt], [30], [WORDS], at_once=1, known=[known], before_forward=lambda: forwards.append(1)
+        )[0]
+        return found, len(forwards)
+
+    with inference.ready(model, 64):
+        plain, steps = write()
+        assert len(plain) == 30
+        assert write(wrong, (*prompt, *plain)) == (plain, 1 + -(-29 // inference.WIDEST))
+        assert write((*prompt, *plain[:10], *wrong))[0] == write(wrong)[0] == plain
+        assert steps <= 30
+
+
+def test_a_repeating_text_guesses_itself():
+    guess = inference._Guess([7, 8], [])
+    for token in [3, 4, 5, 3, 4]:
+        guess.append(token)
+    assert list(guess.next(3)) == [5, 3, 4]
+    guess.append(6)
+    assert list(guess.next(3)) == []
+    guess.append(7), guess.append(8)
+    assert list(guess.next(2)) == [3, 4]
+
+
 def test_a_window_shorter_than_the_text_is_refused():
     with (
         pytest.raises(inference.BadInput, match="attends to the last 128 tokens and a text has up to 200"),
