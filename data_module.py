@@ -6,7 +6,7 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -166,41 +166,65 @@ def collate(
     parts: dict[str, list[Sample]],
     weights: Sequence[float] | None = None,
     attended: frozenset[str] = frozenset(),
+    row: int | None = None,
 ) -> dict[str, Any]:
-    """Put all parts' samples into one right-padded batch, part after part, for one forward.
+    """Put all parts' samples into one batch of rows, part after part, for one forward.
 
     Args:
         parts: name -> B samples each, the same order of pairs in every part.
         weights: (B,) 1, or 0 for the fillers of an uneven batch.
         attended: the parts whose losses score every position read, not only the answer's.
+        row: pack samples end to end into rows of about so many tokens; None pads each into a row of its own.
 
     Returns:
-        input_ids, attention_mask, targets (S, T) int64, keep (S, T) bool; S = B samples of each part, T the longest;
-        weight (B,) float32; parts: name -> (first row, one past the last).
+        input_ids, targets, sample (R, T) int64, keep (R, T) bool; R rows, T the longest. `sample` is the place in its
+        part, -1 at a filler; weight (B,) float32; parts: name -> (first row, one past the last). And either
+        attention_mask (R, T) int64, padded; or position_ids (R, T) int64, packed: they begin anew with each sample, and
+        a row's rest is a sample of its own, which is how transformers' masks know samples apart.
     """
-    samples = [sample for part in parts.values() for sample in part]
-    length = max(len(sample.input_ids) for sample in samples)
-    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
-
-    def padded(rows: list[tuple[int, ...]], value: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
-
-    attention_mask = torch.arange(length) < lengths[:, None]  # from lengths: an end token inside a prompt stays visible
-    targets = padded([sample.targets for sample in samples], IGNORE)
-    keep, bounds, first = targets != IGNORE, {}, 0
-    for name, part in parts.items():
-        bounds[name] = (first, first + len(part))
+    rows, bounds = [], {}  # rows: the part, and the places of its samples
+    for name, samples in parts.items():
+        first, lengths = len(rows), [len(sample.input_ids) for sample in samples]
+        rows += [(name, places) for places in (packed(lengths, row) if row else [[i] for i in range(len(samples))])]
+        bounds[name] = (first, len(rows))
+    width = max(sum(len(parts[name][i].input_ids) for i in places) for name, places in rows)
+    ids, positions = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(2))
+    targets, of = np.full(ids.shape, IGNORE, dtype=np.int64), np.full(ids.shape, -1, dtype=np.int64)
+    for r, (name, places) in enumerate(rows):
+        start = 0
+        for i in places:
+            sample = parts[name][i]
+            end = start + len(sample.input_ids)
+            ids[r, start:end], targets[r, start:end], of[r, start:end] = sample.input_ids, sample.targets, i
+            positions[r, start:end] = np.arange(end - start)
+            start = end
+        positions[r, start:] = np.arange(width - start)
+    keep, read = targets != IGNORE, of >= 0  # from lengths: an end token inside a prompt stays visible
+    for name, (first, last) in bounds.items():
         if name in attended:
-            keep[first : first + len(part)] = attention_mask[first : first + len(part)]
-        first += len(part)
+            keep[first:last] = read[first:last]
+    batch = {"input_ids": ids, "targets": targets, "sample": of, "keep": keep}
+    batch |= {"position_ids": positions} if row else {"attention_mask": read.astype(np.int64)}
     return {
-        "input_ids": padded([sample.input_ids for sample in samples], 0),
-        "attention_mask": attention_mask.long(),
-        "targets": targets,
-        "keep": keep,
+        **{name: torch.from_numpy(array) for name, array in batch.items()},
         "weight": torch.tensor([1.0] * len(next(iter(parts.values()))) if weights is None else weights),
         "parts": bounds,
     }
+
+
+def packed(lengths: Sequence[int], row: int) -> list[list[int]]:
+    """Samples dealt to rows of nearly equal sums: the longest first, each to the row that is the shortest so far.
+
+    Returns:
+        The places in `lengths` of each row's samples; as many rows as hold about `row` tokens each, none empty.
+    """
+    rows: list[list[int]] = [[] for _ in range(min(len(lengths), -(-sum(lengths) // row)))]
+    sums = [0] * len(rows)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        shortest = sums.index(min(sums))
+        rows[shortest].append(i)
+        sums[shortest] += lengths[i]
+    return rows
 
 
 @lru_cache(maxsize=8)
@@ -255,6 +279,10 @@ class TrainingSet(Dataset):
     def __len__(self) -> int:
         return len(self.rows[self.leading])
 
+    def length(self, slot: Slot) -> int:
+        """Tokens of the longest sample of a place."""
+        return max(len(sample.input_ids) for sample in self[slot][0].values())
+
     def __getitem__(self, slot: Slot) -> tuple[dict[str, Sample], float]:
         n = len(self)
         row = int(_permutation(self.seed, self.leading, slot.epoch, n)[slot.position])
@@ -270,24 +298,44 @@ class TrainingSet(Dataset):
 
 
 class GlobalBatches(Sampler):
-    """Deals each global micro-batch of an epoch to the ranks.
+    """Deals each step's places of an epoch to micro-batches and ranks.
 
-    Micro-batch k holds the places k*B*W to (k+1)*B*W - 1 of the epoch for W ranks of B samples; so a step over
-    B * W * accumulation samples holds the same samples for every W. Every rank gets equally many and equally large
-    batches; places past the epoch's end are filled with samples of weight 0, which keeps the collectives in step.
+    Step k holds the places k*S to (k+1)*S - 1 of the epoch, S = B * W * accumulation for W ranks of B samples: the same
+    samples for every W and every cut. Every rank gets equally many and equally large batches; places past the epoch's
+    end are filled with samples of weight 0, which keeps the collectives in step.
     """
 
-    def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        accumulation: int = 1,
+        length: Callable[[Slot], int] | None = None,
+    ) -> None:
+        """
+        Args:
+            n: places in an epoch.
+            length: of a place's longest sample: a step's places are dealt in this order, so that micro-batches hold
+                samples of about one length. None: in the epoch's order.
+        """
         self.n, self.batch_size, self.rank, self.world_size, self.epoch = n, batch_size, rank, world_size, 0
+        self.accumulation, self.length = accumulation, length
 
     def __len__(self) -> int:
         return -(-self.n // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Slot]]:
-        for k in range(len(self)):
-            first = k * self.batch_size * self.world_size
-            places = range(first + self.rank, first + self.batch_size * self.world_size, self.world_size)
-            yield [Slot(self.epoch, place % self.n, float(place < self.n)) for place in places]
+        together = self.batch_size * self.world_size  # a micro-batch of all ranks
+        step = together * self.accumulation
+        for first in range(0, len(self) * together, step):
+            places = range(first, min(first + step, len(self) * together))
+            slots = [Slot(self.epoch, place % self.n, float(place < self.n)) for place in places]
+            if self.length is not None:
+                slots.sort(key=self.length)
+            for k in range(0, len(slots), together):
+                yield slots[k + self.rank : k + together : self.world_size]
 
 
 class EpochLoader(DataLoader):

@@ -5,18 +5,23 @@ reference. The file's name is TOFU's.
 """
 
 import copy
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 
 import evaluate_util
 import losses
@@ -56,6 +61,14 @@ def objective(method: Any) -> list[Term]:
 FINETUNE = [Term("retain", losses.nll)]  # finetuning is the retain term alone
 
 
+ROW = 256  # tokens of a packed row: masks are dense, so attention's cost grows with it (benchmarks/train_speed.py)
+
+
+def row_of(config: PretrainedConfig) -> int:
+    """Tokens of a packed row; without end where attention has no dense mask."""
+    return sys.maxsize if config._attn_implementation.startswith(("flash", "flex")) else ROW
+
+
 def parts_of(terms: list[Term]) -> list[str]:
     """The parts of a batch that the terms score, each once."""
     return list(dict.fromkeys(part for term in terms for part in term.contract.parts))
@@ -80,6 +93,7 @@ class TofuTrainer(Trainer):
         terms: list[Term],
         reference: torch.nn.Module | None = None,
         logps: dict[Sample, float] | None = None,
+        packing: bool = True,
         **kwargs: Any,
     ) -> None:
         """As `transformers.Trainer`, and:
@@ -89,8 +103,10 @@ class TofuTrainer(Trainer):
             reference: the frozen starting model, placed and sharded like `model`; None where no term needs one live,
                 or where it is `model` with its adapters off.
             logps: the starting model's sequence log-probabilities, where a term needs them: `reference_logps`.
+            packing: samples end to end in rows, instead of each padded to the longest of its batch.
         """
         self.terms, self.reference, self.logps = terms, reference, logps
+        self.row = row_of(kwargs["model"].config) if packing else None
         self.attended = frozenset(p for t in terms for p, view in t.contract.parts.items() if view == "attended")
         super().__init__(data_collator=self._collate, **kwargs)
         self._running: dict[str, Tensor] = {}
@@ -98,7 +114,7 @@ class TofuTrainer(Trainer):
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
         names = items[0][0]
         parts = {name: [parts[name] for parts, _ in items] for name in names}
-        batch = collate(parts, [weight for _, weight in items], self.attended)
+        batch = collate(parts, [weight for _, weight in items], self.attended, self.row)
         for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
             batch[name] = torch.tensor([self.logps[sample] for sample in parts[name.removeprefix("ref_")]])
         return batch
@@ -110,11 +126,14 @@ class TofuTrainer(Trainer):
             self.args.per_device_train_batch_size,
             self.args.process_index,
             self.args.world_size,
+            self.args.gradient_accumulation_steps,
+            self.train_dataset.length if self.row is None else None,  # packed rows have no padding to save
         )
         return EpochLoader(
             self.train_dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -132,9 +151,8 @@ class TofuTrainer(Trainer):
             return [batch["weight"]]
         weights = []
         for part in term.contract.parts:
-            first, last = batch["parts"][part]
-            scored = batch["keep"][first:last].sum(1)
-            weights.append(batch["weight"].repeat_interleave(scored))
+            rows = slice(*batch["parts"][part])
+            weights.append(batch["weight"][batch["sample"][rows][batch["keep"][rows]]])
         return weights
 
     def compute_loss(
@@ -247,7 +265,7 @@ class EachEpoch(TrainerCallback):
 # the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are
 ARGUMENTS = (
     *("batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
-    *("max_grad_norm", "optim", "seed", "report_to", "logging_steps"),
+    *("max_grad_norm", "optim", "seed", "report_to", "logging_steps", "liger_kernel", "torch_compile"),
 )
 
 
@@ -267,6 +285,8 @@ def arguments(
     seed: int,
     report_to: str,
     logging_steps: int,
+    liger_kernel: bool,
+    torch_compile: bool,
 ) -> TrainingArguments:
     """The Trainer's arguments. Call it before the model is loaded: ZeRO-3 shards a model while it is read.
 
@@ -283,8 +303,12 @@ def arguments(
     if per_epoch * num_epochs < MOVING + 1:
         raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
     choice_of_optim = sorted(name.value for name in OptimizerNames)
-    if optim not in choice_of_optim:
-        raise BadInput(f"optim={optim} is unknown: it may be {', '.join(choice_of_optim)}")
+    if optim == "auto":
+        optim = best_optim(engine)
+    elif optim not in choice_of_optim:
+        raise BadInput(f"optim={optim} is unknown: it may be auto, {', '.join(choice_of_optim)}")
+    if liger_kernel and not (torch.cuda.is_available() and is_liger_kernel_available()):
+        raise BadInput("liger_kernel=true needs a GPU and the liger-kernel package")
     made = TrainingArguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,
@@ -307,12 +331,25 @@ def arguments(
         activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
+        torch_compile=torch_compile,
+        use_liger_kernel=liger_kernel,
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
         log_level="warning",
         log_level_replica="error",
         deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
     )
     _check_installed(made, optim, report_to)
     return made
+
+
+LOADERS = 2  # processes that make a GPU's batches
+
+
+def best_optim(engine: Engine) -> str:
+    """What `optim=auto` means: AdamW whose states can leave a full GPU, else torch's own in one kernel."""
+    paged = engine.name == "ddp" and torch.cuda.is_available() and is_bitsandbytes_available()
+    return "paged_adamw_32bit" if paged else "adamw_torch_fused"
 
 
 def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> None:
@@ -356,38 +393,44 @@ def weights_type(engine: Engine, lora: Any) -> torch.dtype:
     return torch.bfloat16 if engine.bf16 and lora.r else torch.float32
 
 
-def load_model(path: str, engine: Engine, lora: Any, flash_attention2: bool) -> PreTrainedModel:
+def load_model(path: str, engine: Engine, lora: Any, attention: str | None) -> PreTrainedModel:
     """The model to train: float32 weights, or adapters in float32 on a base in the precision of the computation."""
     model = models.load(
         path,
-        flash_attention2=flash_attention2,
+        attention=attention,
         dtype=weights_type(engine, lora),
         shard=engine.name == "fsdp",
         bf16_compute=engine.bf16,
+        quantize=lora.quantize,
     )
     return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
 
+def compared(data: TrainingSet, terms: list[Term], num_epochs: int) -> list[Sample]:
+    """Every sequence whose log-probability under the starting model a run needs, shortest first.
+
+    Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.
+    """
+    parts = {ref.removeprefix("ref_") for term in terms for ref, kind in term.contract.refs.items() if kind == "logp"}
+    slots = [Slot(epoch, place, 1.0) for epoch in range(num_epochs) for place in range(len(data))]
+    return sorted({data[slot][0][part] for slot in slots for part in parts}, key=lambda s: (len(s.input_ids), s))
+
+
 @torch.no_grad()
 def reference_logps(
-    model: torch.nn.Module, data: TrainingSet, terms: list[Term], num_epochs: int, batch_size: int, sharded: bool
+    model: torch.nn.Module, samples: Sequence[Sample], batch_size: int, sharded: bool
 ) -> dict[Sample, float]:
-    """The starting model's log-probability of every sequence that a run will compare with it, so that it can go.
-
-    Which refusal a row gets in which epoch follows from the seed, so all sequences of all epochs are known beforehand.
+    """The starting model's log-probability of every sequence that a run compares with it, so that it can go.
 
     Args:
         model: the starting model, frozen and in place.
-        terms: the objective; only its `ref_*: Tensor` are looked at.
+        samples: `compared`.
         batch_size: sequences in one forward.
         sharded: whether the ranks share one model.
 
     Returns:
         Sample -> nats, on every rank.
     """
-    parts = {ref.removeprefix("ref_") for term in terms for ref, kind in term.contract.refs.items() if kind == "logp"}
-    slots = [Slot(epoch, place, 1.0) for epoch in range(num_epochs) for place in range(len(data))]
-    samples = sorted({data[slot][0][part] for slot in slots for part in parts}, key=lambda s: (len(s.input_ids), s))
     batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
     found = {}
     for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
@@ -395,3 +438,32 @@ def reference_logps(
         logps = losses.sequence_logp(models.score(model, inputs)["forget"])
         found.update(zip(batch, logps.tolist(), strict=True))
     return evaluate_util.merge(found)
+
+
+def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine) -> dict[str, Any]:
+    """What reference log-probabilities are a function of.
+
+    Args:
+        model: the identity of the starting model (`models.identity`).
+    """
+    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+    return {"model": model, "samples": digest, "bf16": engine.bf16, "version": 1}
+
+
+def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
+    """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
+    found, path = [None], folder / utils.REFERENCE
+    if utils.rank() == 0 and path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        found = [known["logps"] if known["made_from"] == made_from else None]
+        log.info("%s: %s", path, "used again" if found[0] else "made anew, for it was made from something else")
+    found = broadcast_object_list(found)[0]
+    return None if found is None else dict(zip(samples, found, strict=True))
+
+
+def write_logps(
+    folder: Path, samples: Sequence[Sample], logps: Mapping[Sample, float], made_from: Mapping[str, Any]
+) -> None:
+    """Keep them for a later run in this folder. Rank 0 only."""
+    if utils.rank() == 0:
+        utils.write_json(folder / utils.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})

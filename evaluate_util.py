@@ -527,7 +527,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluator = Evaluator(cfg, tokenizer)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine, family.flash_attention2)
+    models.check_loadable(path, engine, models.attention_of(family))
 
     out = utils.start_evaluation(
         cfg, cfg.save_dir, overwrite=cfg.overwrite, own=(*OWN, *(f"{task}.json" for task in cfg.eval_task))
@@ -538,7 +538,7 @@ def main(cfg: DictConfig) -> None:
     if todo:
         set_seed(SEED)
         model = models.load_frozen(
-            path, engine, flash_attention2=family.flash_attention2, random_weights=cfg.reinitialize_weights
+            path, engine, attention=models.attention_of(family), random_weights=cfg.reinitialize_weights
         )
     utils.finish_run(out, evaluator(model, out, engine.sharded, fingerprints, todo))
 

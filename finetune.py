@@ -24,7 +24,8 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine, family.flash_attention2)
+    attention = models.attention_of(family, cfg.attention)
+    models.check_loadable(path, engine, attention, packing=cfg.packing, quantize=cfg.LoRA.quantize)
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),
@@ -33,8 +34,10 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in dataloader.ARGUMENTS},
     )
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-    model = dataloader.load_model(path, engine, cfg.LoRA, family.flash_attention2)
-    trainer = dataloader.TofuTrainer(model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE)
+    model = dataloader.load_model(path, engine, cfg.LoRA, attention)
+    trainer = dataloader.TofuTrainer(
+        model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE, packing=cfg.packing
+    )
     trained = dataloader.fit(trainer)
     models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
     utils.finish_run(out, trained)

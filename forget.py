@@ -5,6 +5,11 @@ torchrun --nproc_per_node=2 forget.py --config-name=forget.yaml split=forget10 b
 python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05,forget10 model_family=phi
 """
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -26,12 +31,14 @@ def main(cfg: DictConfig) -> None:
     terms = dataloader.objective(cfg.forget_loss)
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine, family.flash_attention2)
+    trains = {} if cfg.eval_only else {"packing": cfg.packing, "quantize": cfg.LoRA.quantize}
+    attention = models.attention_of(family, cfg.attention)
+    models.check_loadable(path, engine, attention, **trains)
     evaluates = cfg.eval_only or cfg.eval_while_train
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:
         out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-        model = models.load_frozen(path, engine, flash_attention2=family.flash_attention2)
+        model = models.load_frozen(path, engine, attention=attention)
         return utils.finish_run(out, evaluator(model, out / "checkpoint-0", engine.sharded))
     args = dataloader.arguments(
         cfg.save_dir,
@@ -42,17 +49,21 @@ def main(cfg: DictConfig) -> None:
     )
 
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-    frozen, logps, needs = None, None, dataloader.references(terms)
-    if "logp" in needs or ("live" in needs and not cfg.LoRA.r):  # with LoRA the live one is the model, adapters off
-        trained_in = dataloader.weights_type(engine, cfg.LoRA)
-        frozen = models.load_frozen(path, engine, flash_attention2=family.flash_attention2, trained_in=trained_in)
-    if "logp" in needs:
-        logps = dataloader.reference_logps(frozen, data, terms, cfg.num_epochs, cfg.batch_size, engine.sharded)
-    if "live" not in needs or cfg.LoRA.r:
-        frozen = None  # before the model to train is loaded: there is never a second copy that nothing needs
-    model = dataloader.load_model(path, engine, cfg.LoRA, family.flash_attention2)
+    needs = dataloader.references(terms)
+    load_frozen = partial(
+        models.load_frozen,
+        *(path, engine),
+        attention=attention,
+        trained_in=dataloader.weights_type(engine, cfg.LoRA),
+        quantize=cfg.LoRA.quantize,
+    )
+    # with LoRA the live one is the model itself, adapters off: there is never a second copy that nothing needs
+    frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
+    starting = load_frozen if frozen is None else lambda: frozen
+    logps = starting_logps(cfg, out, path, engine, data, terms, starting) if "logp" in needs else None
+    model = dataloader.load_model(path, engine, cfg.LoRA, attention)
     trainer = dataloader.TofuTrainer(
-        model=model, args=args, train_dataset=data, terms=terms, reference=frozen, logps=logps
+        model=model, args=args, train_dataset=data, terms=terms, reference=frozen, logps=logps, packing=cfg.packing
     )
     if evaluator is not None:
         at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731
@@ -62,6 +73,29 @@ def main(cfg: DictConfig) -> None:
         models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
     scores = evaluator.scores if evaluator is not None else {}
     utils.finish_run(out, {**trained, **scores})
+
+
+def starting_logps(
+    cfg: DictConfig,
+    out: Path,
+    path: str,
+    engine: models.Engine,
+    data: data_module.TrainingSet,
+    terms: list[dataloader.Term],
+    load: Callable[[], torch.nn.Module],
+) -> dict[data_module.Sample, float]:
+    """The starting model's log-probability of what a run compares with it: as the folder has it, or computed into it.
+
+    Args:
+        load: gives the starting model; it is called, and kept for the while, only where it is needed.
+    """
+    samples = dataloader.compared(data, terms, cfg.num_epochs)
+    made_from = dataloader.logps_fingerprint(samples, models.identity(path), engine)
+    logps = dataloader.read_logps(out, samples, made_from)
+    if logps is None:
+        logps = dataloader.reference_logps(load(), samples, cfg.batch_size, engine.sharded)
+        dataloader.write_logps(out, samples, logps, made_from)
+    return logps
 
 
 def training_set(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> data_module.TrainingSet:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+import models
 from data_module import IGNORE, Sample
 from utils import BadInput
 
@@ -35,9 +36,9 @@ def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
             masks would not keep.
     """
     config = model.config.get_text_config()
+    if strange := models.not_attention(config):
+        raise BadInput(f"{config.model_type} has {', '.join(strange)} layers: only attention can be evaluated")
     kinds = set(getattr(config, "layer_types", None) or [])
-    if strange := kinds - {"full_attention", "sliding_attention"}:
-        raise BadInput(f"{config.model_type} has {', '.join(sorted(strange))} layers: only attention can be evaluated")
     window = getattr(config, "sliding_window", None)
     if window and ("sliding_attention" in kinds or not kinds) and reach > window:
         raise BadInput(

@@ -20,7 +20,7 @@ class Scored(NamedTuple):
 
     logits: Tensor  # (N, V) float32, unnormalised; N = scored positions of all samples
     labels: Tensor  # (N,) token ids; -100 at positions of an `Attended` view that predict a prompt token
-    sample: Tensor  # (N,) which sample each position belongs to, 0..B-1, non-decreasing; every sample has one at least
+    sample: Tensor  # (N,) which sample each position belongs to, 0..B-1, in any order; every sample has one at least
 
 
 Attended = Annotated[Scored, "attended"]  # every position read, prompt too; a plain Scored: answer and end token only
@@ -79,7 +79,7 @@ def token_nll(view: Scored) -> Tensor:
 def sequence_logp(view: Scored) -> Tensor:
     """(B,) log-probability of each sample's scored tokens, nats: a sum, not a mean."""
     nll = token_nll(view)
-    sums = nll.new_zeros(int(view.sample[-1]) + 1)
+    sums = nll.new_zeros(int(view.sample.max()) + 1)
     return -sums.index_add(0, view.sample, nll)
 
 

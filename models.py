@@ -17,12 +17,20 @@ from typing import Any, NamedTuple
 import accelerate
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 import utils
 from losses import Scored
@@ -109,19 +117,39 @@ def engine(name: str, ds_config: str, precision: str) -> Engine:
     return Engine(name, bf16, found)
 
 
-def check_loadable(path: str, engine: Engine, flash_attention2: bool) -> None:
+def check_loadable(
+    path: str, engine: Engine, attention: str | None, *, packing: bool = False, quantize: str | None = None
+) -> None:
     """Refuse what `load` could not do; called before a run has a folder or reads a weight.
 
     Args:
         path: as `resolve` gave it.
 
     Raises:
-        BadInput: only an adapter where the processes share one model, or one without its base; flash_attention2 where
-            it is not installed.
+        BadInput: only an adapter where the processes share one model, or one without its base; an attention that
+            is not there; packing for a model that would see across samples; four bits without bitsandbytes.
     """
-    if flash_attention2 and not is_flash_attn_2_available():
-        raise BadInput("flash_attention2: true in model_config.yaml needs the flash_attn package and a CUDA GPU")
-    if not _is_adapter(path):
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise BadInput(
+            "attention=flash_attention_2 (also by flash_attention2: true in model_config.yaml) needs the flash_attn "
+            "package and a CUDA GPU"
+        )
+    if attention == "flex_attention" and not torch.cuda.is_available():
+        raise BadInput("attention=flex_attention needs a CUDA GPU: take attention=sdpa")
+    adapter = _is_adapter(path)
+    if quantize and not is_bitsandbytes_available():
+        raise BadInput(f"LoRA.quantize={quantize} needs the bitsandbytes package: pip install bitsandbytes")
+    if quantize and (engine.name != "ddp" or adapter):
+        what = f"the adapter in {path}" if adapter else f"engine={engine.name}"
+        raise BadInput(f"LoRA.quantize={quantize} does not go with {what}: take engine=ddp and a whole model")
+    if not adapter and packing:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+        if strange := not_attention(config):
+            raise BadInput(
+                f"packing: {config.model_type} has {', '.join(strange)} layers, which see from one packed sample into "
+                "the next: take packing=false"
+            )
+    if not adapter:
         return
     if engine.sharded:  # merging needs the whole model
         raise BadInput(
@@ -129,6 +157,20 @@ def check_loadable(path: str, engine: Engine, flash_attention2: bool) -> None:
             "(our runs save merged models)"
         )
     resolve(_base(path), f"{path}/adapter_config.json: base_model_name_or_path")
+    if packing:
+        check_loadable(_base(path), engine, attention, packing=True)
+
+
+def attention_of(family: Any, wanted: str = "auto") -> str | None:
+    """What the key `attention` asks for: auto is flash attention where the family says so, else None."""
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if family.flash_attention2 else None
+
+
+def not_attention(config: PretrainedConfig) -> list[str]:
+    """The kinds of a model's layers that are no attention (linear ones, convolutions): our masks can't guide them."""
+    return sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
 
 
 def _is_adapter(path: str) -> bool:
@@ -172,26 +214,32 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
 def load(
     path: str,
     *,
-    flash_attention2: bool = False,
+    attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     shard: bool = False,
     bf16_compute: bool = False,
     random_weights: bool = False,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `path`; a folder with only an adapter is merged into its base in memory.
 
     Args:
         path: a local folder or hub id, as `resolve` gave it and `check_loadable` passed it.
-        flash_attention2: attend by the flash_attn package; else transformers chooses.
+        attention: an implementation by transformers' name for it; None: its own choice.
         dtype: of the weights. Full finetuning needs float32 masters: an Adam step of 1e-5 leaves 84 % of bf16 weights
             where they were.
         shard: split the parameters over all processes (FSDP2), as the model is read: no process ever holds it whole.
         bf16_compute: with `shard`, compute in bf16 over the float32 shards.
         random_weights: only the architecture is taken from `path`; the weights are drawn from the seed.
+        quantize: 4bit: linear layers in four bits (NF4, constants quantised too), computing in `dtype`.
     """
     kwargs: dict[str, Any] = {"dtype": dtype}
-    if flash_attention2:
-        kwargs["attn_implementation"] = "flash_attention_2"
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    if quantize:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     if random_weights:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **kwargs)
     if _is_adapter(path):
@@ -208,21 +256,22 @@ def load_frozen(
     path: str,
     engine: Engine,
     *,
-    flash_attention2: bool,
+    attention: str | None,
     random_weights: bool = False,
     trained_in: torch.dtype | None = None,
+    quantize: str | None = None,
 ) -> torch.nn.Module:
     """A model that only predicts, for an evaluation or as reference: in place, in eval mode, sharded where `engine` is.
 
     Args:
-        path, flash_attention2, random_weights: as of `load`.
+        path, attention, random_weights, quantize: as of `load`.
         trained_in: for the reference of a training, the type of the trained model's weights: it then computes exactly
             as that one does before its first step. None: weights in the precision of the computation.
 
     Raises:
         BadInput: as of `check_loadable`, which a script asks before it makes a folder.
     """
-    check_loadable(path, engine, flash_attention2)
+    check_loadable(path, engine, attention)
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
     autocast = trained_in is not None and engine.name != "deepspeed"  # DeepSpeed itself turns what it trains into bf16
@@ -239,11 +288,12 @@ def load_frozen(
     try:
         model = load(
             path,
-            flash_attention2=flash_attention2,
+            attention=attention,
             dtype=trained_in if autocast else dtype,
             shard=engine.name == "fsdp",
             bf16_compute=engine.bf16,
             random_weights=random_weights,
+            quantize=quantize,
         )
     finally:
         if alive is not None:
@@ -256,7 +306,7 @@ def load_frozen(
         import deepspeed
 
         model = deepspeed.initialize(model=model, config=config)[0].module  # ZeRO-3 hooks its modules
-    return model if engine.sharded else model.to(device)
+    return model if engine.sharded or quantize else model.to(device)  # in four bits it was put there when loaded
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: float, dropout: float) -> PeftModel:
@@ -272,21 +322,21 @@ def score(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Scored]:
 
     Args:
         model: a causal language model, wrapped by an engine or not.
-        batch: what `data_module.collate` makes: input_ids, attention_mask, keep (S, T), targets (S, T), parts.
+        batch: what `data_module.collate` makes.
 
     Returns:
         One view a part, logits in float32 whatever the model computes in.
     """
-    keep = batch["keep"]  # (S, T) bool: logits of the whole vocabulary exist at these positions only
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=keep, use_cache=False
-    ).logits.float()
-    labels, sample = batch["targets"][keep], keep.nonzero()[:, 0]
+    keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    # a cache would make packed samples see each other
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+    labels, sample = batch["targets"][keep], batch["sample"][keep]
     views, start = {}, 0
     for name, (first, last) in batch["parts"].items():
         count = int(keep[first:last].sum())
         part = slice(start, start + count)
-        views[name] = Scored(logits[part], labels[part], sample[part] - first)
+        views[name] = Scored(logits[part], labels[part], sample[part])
         start += count
     return views
 
@@ -333,10 +383,16 @@ def save(
         folder: the run's folder; files appear in it whole.
         bf16: save the weights in bf16, the precision that they were used in; else in float32.
     """
-    weights = _gather(model)
+    peft = model if isinstance(model, PeftModel) else None
+    quantized = peft is not None and getattr(peft.get_base_model(), "is_quantized", False)
+    weights = {} if quantized else _gather(model)
     if utils.rank() > 0:
         return
-    peft = model if isinstance(model, PeftModel) else None
+    if quantized:  # adapters are merged into the weights that the four bits were made from
+        whole = get_peft_model(load(peft.get_base_model().name_or_path), peft.peft_config["default"])
+        set_peft_model_state_dict(whole, get_peft_model_state_dict(peft))
+        merged = whole.merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)
+        return _write(merged, tokenizer, Path(folder))
     config = copy.deepcopy((peft.get_base_model() if peft else model).config)
     if hasattr(config, "distributed_config"):  # FSDP's: with it save_pretrained waits for ranks that are not here
         del config.distributed_config

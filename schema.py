@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 
@@ -45,6 +46,7 @@ class Adapters:
     r: int = MISSING
     alpha: float = MISSING
     dropout: float = MISSING
+    quantize: str | None = None
 
 
 @dataclass
@@ -63,6 +65,10 @@ class Run:
     max_grad_norm: float = MISSING
     optim: str = MISSING
     max_length: int = MISSING
+    packing: bool = MISSING
+    attention: str = MISSING
+    torch_compile: bool = MISSING
+    liger_kernel: bool = MISSING
     seed: int = MISSING
     engine: str = MISSING
     ds_config: str = MISSING
@@ -272,6 +278,11 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"seed={cfg.seed}: it must be below 2**32")
     if cfg.LoRA.dropout >= 1:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
+    choice("attention", cfg.attention, ATTENTIONS)
+    if cfg.LoRA.quantize not in (None, "4bit"):
+        raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")
+    if cfg.LoRA.quantize and not cfg.LoRA.r:
+        raise BadInput("LoRA.quantize=4bit trains adapters on a base in four bits: give them a rank, LoRA.r=8 say")
 
 
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:

@@ -21,6 +21,7 @@ REPO = Path(__file__).resolve().parent
 SHIPPED = ("config", "data/mini", "data/tiny")  # what the scripts make or git holds, wherever they are started
 PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
+REFERENCE = "reference_logps.json"  # the starting model's log-probabilities: a run that replaces this one may use them
 ASIDE = ".writing."  # begins the name of what is not whole yet
 RECORDED = (
     "torch",
@@ -229,7 +230,7 @@ def _remove_run(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and (path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path)):
             shutil.rmtree(path)
-        elif not path.is_dir():
+        elif not path.is_dir() and path.name != REFERENCE:  # it knows itself what it was made from
             path.unlink()
 
 

@@ -1,5 +1,6 @@
 """Encoding, collation, and who trains on what when."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import MINI, read_table, write_table
@@ -53,6 +54,48 @@ def test_collate_masks_by_length_and_keeps_what_is_scored():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["parts"] == {"forget": (0, 2), "retain": (2, 4)} and batch["weight"].tolist() == [1, 0]
+    assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1], [0, 0, -1, -1], [1, 1, 1, 1]]
+
+
+def test_packed_rows_hold_each_sample_once_and_restart_its_positions():
+    """Two rows a part for two samples of 4 and 2 and row=4; the shorter row's rest is a sample of its own."""
+    long, short = Sample((1, 3, 5, 6), (IGNORE, IGNORE, 6, 2), False), Sample((1, 7), (IGNORE, 2), False)
+    parts = {"forget": [long, short, short], "retain": [short, long, short]}
+    batch = data_module.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=4)
+    assert batch["input_ids"].tolist() == [[1, 3, 5, 6], [1, 7, 1, 7], [1, 3, 5, 6], [1, 7, 1, 7]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]] * 2
+    assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [1, 1, 1, 1], [0, 0, 2, 2]]
+    assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert batch["parts"] == {"forget": (0, 2), "retain": (2, 4)} and "attention_mask" not in batch
+    short_row = data_module.collate({"forget": [long, short]}, row=4)
+    assert short_row["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert short_row["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]
+
+
+def test_packed_rows_are_nearly_equal(tokenizer):
+    """Rows of real lengths: at most a tenth of a rectangle is filler."""
+    lengths = [len(one["question"]) + len(one["answer"]) for one in read_table("full")]
+    for first in range(0, 320, 16):
+        batch = lengths[first : first + 16]
+        rows = data_module.packed(batch, 500)
+        assert sorted(i for row in rows for i in row) == list(range(16))
+        sums = [sum(batch[i] for i in row) for row in rows]
+        assert len(rows) == -(-sum(batch) // 500) and max(sums) * len(rows) <= 1.1 * sum(batch)
+
+
+def test_steps_dealt_by_length_hold_the_same_rows():
+    lengths = np.random.default_rng(0).permutation(41).tolist()
+
+    def steps(length):
+        ranks = [list(GlobalBatches(41, 2, rank, 2, 4, length)) for rank in range(2)]
+        micro = [[s for r in ranks for s in r[k] if s.weight] for k in range(len(ranks[0]))]
+        return [sum(micro[k : k + 4], []) for k in range(0, len(micro), 4)]
+
+    plain, dealt = steps(None), steps(lambda slot: lengths[slot.position])
+    assert [sorted(step) for step in plain] == [sorted(step) for step in dealt] and plain != dealt
+    for step in dealt:
+        found = [lengths[slot.position] for slot in step]
+        assert all(max(found[k : k + 4]) <= min(found[k + 4 :], default=99) for k in range(0, len(found), 4))
 
 
 @pytest.mark.parametrize(("n", "world", "size"), [(40, 1, 16), (40, 2, 8), (41, 2, 4), (41, 3, 5), (7, 4, 2)])

@@ -26,7 +26,7 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     The 41 rows are for the uneven last step alone, and one epoch has it.
     """
     common = [
-        *("model_family=tiny", "seed=1", "optim=adamw_torch", "lr=1e-3", f"data_path={data}"),
+        *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}"),
         *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
         *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
     ]

@@ -1,0 +1,387 @@
+"""How fast a training step is beside two plain ones, in one run: python benchmarks/train_speed.py [--json FILE]
+
+    A  pads every sample to 500 tokens: full logits, separate forwards of forget and retain samples, a second model
+    B  pads to the longest of its batch, else the same
+    ours  `dataloader.TofuTrainer` as a run calls it
+
+The benchmark's model (Llama, hidden 384, 6 layers, 2,000 words; also 32,000), real rows, the same samples, the same
+losses to 1e-4 (checked), the same optimiser. Figures are medians of interleaved repetitions of two steps each. Appends
+to benchmarks/RESULTS.md. Needs ../shared (the real data and a tokenizer). On a CUDA device: bf16, and --size 1b.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from eval_speed import FAMILY, GOLDEN, SHARED, status  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers.utils import logging as library_logging  # noqa: E402
+
+import data_module  # noqa: E402
+import dataloader  # noqa: E402
+import models  # noqa: E402
+import schema  # noqa: E402
+import utils  # noqa: E402
+
+SIZES = {  # hidden, layers, heads, key-value heads, intermediate
+    "toy": (32, 2, 2, 2, 64),
+    "bench": (384, 6, 6, 6, 1024),
+    "1b": (2048, 16, 32, 8, 8192),  # Llama-3.2-1B
+    "8b": (4096, 32, 32, 8, 14336),  # Llama-3.1-8B
+}
+JOBS = {  # job -> (method, batch size, vocabulary; None: the tokenizer's)
+    "finetune": ("finetune", 16, None),
+    "grad_diff": ("grad_diff", 8, None),
+    "KL": ("KL", 8, None),
+    "dpo": ("dpo", 8, None),
+    "finetune32k": ("finetune", 16, 32000),
+}
+WIDTHS = {"A": 500, "B": None}  # of a baseline's rows
+WARM, STEPS = 1, 2
+ROWS = (80, 160, 320)  # of the epochs that show how the cost grows
+CUDA = torch.cuda.is_available()
+
+
+class Plain(dataloader.TofuTrainer):
+    """Both baselines: a rectangle a part, a forward a part, logits of every position, a second model."""
+
+    width: int | None = None
+
+    def _collate(self, items):
+        batch = {}
+        for name in items[0][0]:
+            one = data_module.collate({name: [parts[name] for parts, _ in items]})
+            short = 0 if self.width is None else self.width - one["input_ids"].shape[1]
+            batch[name] = {
+                key: F.pad(one[key], (0, short), value=value)
+                for key, value in (("input_ids", 0), ("attention_mask", 0), ("targets", data_module.IGNORE))
+            }
+        return batch
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Of the methods measured here, written out."""
+        name = self.terms[0].function.__name__
+        logits = {part: self._logits(model, one) for part, one in inputs.items()}
+        if name == "dpo":
+            with torch.no_grad():
+                reference = {part: self._logits(self.reference, one) for part, one in inputs.items()}
+            win, lose = (
+                self._nll(reference[part], inputs[part]).sum(1) - self._nll(logits[part], inputs[part]).sum(1)
+                for part in ("idk", "forget")
+            )
+            beta = self.terms[0].args["beta"]
+            return -(2 / beta) * F.logsigmoid(beta * (win - lose)).mean()
+        total = 0.0
+        if name == "grad_ascent":
+            total = -self._mean(logits["forget"], inputs["forget"])
+        if self.terms[-1].function.__name__ == "kl":
+            with torch.no_grad():
+                reference = self._logits(self.reference, inputs["retain"])
+            each = F.kl_div(
+                *(F.log_softmax(z, -1) for z in (logits["retain"], reference)), reduction="none", log_target=True
+            ).sum(-1)
+            read = inputs["retain"]["attention_mask"]
+            return total + (each * read).sum() / read.sum()
+        return total + self._mean(logits["retain"], inputs["retain"])
+
+    def _logits(self, model, one):
+        return model(input_ids=one["input_ids"], attention_mask=one["attention_mask"], use_cache=False).logits.float()
+
+    def _nll(self, logits, one):
+        nll = F.cross_entropy(logits.flatten(0, 1), one["targets"].flatten(), reduction="none")
+        return nll.view(one["targets"].shape)
+
+    def _mean(self, logits, one):
+        return self._nll(logits, one).sum() / (one["targets"] != data_module.IGNORE).sum()
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Note it."""
+        if CUDA:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def make_model(size: str, vocabulary: int) -> LlamaForCausalLM:
+    """Random weights, always the same."""
+    torch.manual_seed(0)
+    hidden, layers, heads, kv_heads, intermediate = SIZES[size]
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=512,
+        )
+    )
+
+
+class Job:
+    """One of JOBS, set up once; `run` trains a few steps of it."""
+
+    def __init__(self, name: str, size: str, rows: int | None = None) -> None:
+        method, self.batch_size, vocabulary = JOBS[name]
+        tokenizer = models.load_tokenizer(str(GOLDEN), None)
+        load = lambda split: data_module.load_rows(str(SHARED / "tofu"), split, ("question", "answer"), rows)  # noqa: E731
+        self.terms = dataloader.FINETUNE
+        sets = {"retain": load("full")}
+        if method != "finetune":
+            file = REPO / "config" / "forget_loss" / f"{method}.yaml"
+            self.terms = dataloader.objective(OmegaConf.load(file))
+            parts = dataloader.parts_of(self.terms)
+            sets = {"forget": load("forget10")}
+            sets |= {"retain": load("retain90")} if "retain" in parts else {}
+            sets |= {"refusals": data_module.load_refusals()} if "idk" in parts else {}
+        self.data = data_module.TrainingSet(tokenizer, schema.family(FAMILY), 500, 42, **sets)
+        self.model = make_model(size, vocabulary or len(tokenizer))
+        self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.second, self.logps, self.size = None, None, size
+        self.needs = dataloader.references(self.terms)
+
+    def reference(self) -> LlamaForCausalLM:
+        """The second model."""
+        if self.second is None:
+            self.second = make_model(self.size, self.model.config.vocab_size).requires_grad_(False).eval()
+            self.second = self.second.to("cuda", torch.bfloat16) if CUDA else self.second
+        return self.second
+
+    def kept(self) -> dict:
+        """Ours computes these once before a run; the run's own time has them in it once, not in every step."""
+        if self.logps is None and "logp" in self.needs:
+            samples = dataloader.compared(self.data, self.terms, 1)
+            self.logps = dataloader.reference_logps(self.reference(), samples, self.batch_size, False)
+        return self.logps
+
+    def run(self, kind: str, steps: int | None = WARM + STEPS) -> tuple[float, float]:
+        """Train from the start with `kind` (A, B, ours).
+
+        Args:
+            steps: optimiser steps; None: one epoch.
+
+        Returns:
+            Seconds a step after the first, and the first step's loss.
+        """
+        self.model.load_state_dict(self.start)
+        with tempfile.TemporaryDirectory() as folder:
+            args = TrainingArguments(
+                output_dir=folder,
+                max_steps=steps or -1,
+                num_train_epochs=1,
+                per_device_train_batch_size=self.batch_size // utils.world_size(),
+                learning_rate=1e-5,
+                optim="adamw_torch_fused",
+                max_grad_norm=0,
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                ddp_find_unused_parameters=False,
+                use_cpu=not CUDA,
+                bf16=CUDA,
+            )
+            common = {"model": self.model, "args": args, "train_dataset": self.data, "terms": self.terms}
+            if kind == "ours":
+                live = self.reference() if "live" in self.needs else None
+                trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept())
+            else:
+                trainer = Plain(**common, reference=self.reference() if self.needs else None)
+                trainer.width = WIDTHS[kind]
+            clock = Clock()
+            trainer.add_callback(clock)
+            with contextlib.redirect_stdout(open(os.devnull, "w")):
+                trainer.train()
+        took = (clock.ends[-1] - clock.ends[WARM - 1]) / (len(clock.ends) - WARM)
+        return took, trainer.state.log_history[0]["loss"]
+
+    def work(self) -> tuple[float, float]:
+        """Multiply-adds' FLOPs that the measured steps of one run need, real tokens only, and those tokens, per step.
+
+        6 a weight and token; the head's weights at scored positions alone; attention's own not counted.
+        """
+        head = self.model.lm_head.weight.numel()
+        body = sum(p.numel() for p in self.model.parameters()) - head - self.model.model.embed_tokens.weight.numel()
+        tokens = scored = 0
+        for batch in list(data_module.GlobalBatches(len(self.data), self.batch_size, 0, 1))[WARM : WARM + STEPS]:
+            for slot in batch:
+                for sample in self.data[slot][0].values():
+                    tokens += len(sample.input_ids)
+                    scored += sum(target != data_module.IGNORE for target in sample.targets)
+        return 6 * (body * tokens + head * scored) / STEPS, tokens / STEPS
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a large square product."""
+    a = torch.randn(2048, 2048)
+    a = a.to("cuda", torch.bfloat16) if CUDA else a
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if CUDA:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def peak(what: str, size: str) -> float:
+    """Peak memory of two finetuning steps above the idle process with its model and data, MiB."""
+    command = [sys.executable, __file__, "--memory-of", what, "--size", size]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def memory_of(what: str, size: str) -> None:
+    """Print the peak, for `peak`."""
+    job = Job("finetune", size)
+    with torch.no_grad():
+        job.model(input_ids=torch.ones((1, 8), dtype=torch.long))
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        job.run(what)
+        print(torch.cuda.max_memory_allocated() / 2**20)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (Linux)
+    idle = status("VmRSS")
+    job.run(what)
+    print((status("VmHWM") - idle) / 1024)
+
+
+def epoch(rows: int, processes: int, size: str) -> float:
+    """Seconds a step of an epoch of finetuning over so many rows; the global batch is the same for any `processes`."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, __file__, "--epoch-of", str(rows), "--size", size]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def epoch_of(rows: int, size: str) -> None:
+    """Print the seconds, for `epoch`."""
+    job = Job("finetune", size, rows)
+    took, _ = job.run("ours", None)
+    if utils.rank() == 0:
+        print(took * (len(job.data) / job.batch_size))
+
+
+def measure(size: str, repetitions: int, jobs: list[str]) -> tuple[dict, dict, list[float]]:
+    """Seconds a step (job -> kind -> a list over the repetitions), each job's work, and the peaks."""
+    made, seconds, peaks = {name: Job(name, size) for name in jobs}, {}, []
+    for number in range(repetitions):
+        peaks.append(matmul_peak())
+        for name, job in made.items():
+            kinds = ("B", "ours") if name in ("dpo", "finetune32k") else ("A", "B", "ours")
+            found = {kind: job.run(kind) for kind in kinds}
+            first = [loss for _, loss in found.values()]
+            assert max(first) - min(first) < 1e-4 or CUDA, (name, found)
+            for kind, (took, _) in found.items():
+                seconds.setdefault(name, {}).setdefault(kind, []).append(took)
+            print(number + 1, name, {kind: round(took, 3) for kind, (took, _) in found.items()}, flush=True)
+    return seconds, {name: job.work() for name, job in made.items()}, peaks
+
+
+def main() -> None:
+    """Measure, print the tables, append them to RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write {'figures': {name: number}} here")
+    parser.add_argument("--size", choices=list(SIZES), default="bench", help="of the model (bench)")
+    parser.add_argument("--repetitions", type=int, default=5, help="of every part, interleaved (5)")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), help="what to measure (all)")
+    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
+    parser.add_argument("--steps-only", action="store_true", help="no memory, no epochs of 80, 160 and 320 rows")
+    parser.add_argument("--memory-of", choices=("A", "B", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--epoch-of", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    if args.memory_of:
+        return memory_of(args.memory_of, args.size)
+    if args.epoch_of:
+        return epoch_of(args.epoch_of, args.size)
+    seconds, work, peaks = measure(args.size, args.repetitions, args.jobs)
+    medians = {job: {kind: statistics.median(took) for kind, took in kinds.items()} for job, kinds in seconds.items()}
+    memory, growth = {}, {}
+    if not args.steps_only:
+        memory = {what: peak(what, args.size) for what in ("A", "B", "ours")}
+        growth = {(rows, processes): epoch(rows, processes, args.size) for rows in ROWS for processes in (1, 2)}
+    top = statistics.median(peaks)
+    figures = {
+        f"{job}_vs_{other}": kinds[kind] / kinds["ours"]
+        for job, kinds in medians.items()
+        for kind, other in (("A", "500"), ("B", "longest"))
+        if kind in kinds
+    }
+    if "finetune" in medians:
+        figures["matmul_share"] = work["finetune"][0] / medians["finetune"]["ours"] / top
+    if memory:
+        figures |= {"memory_vs_500": memory["ours"] / memory["A"], "memory_vs_longest": memory["ours"] / memory["B"]}
+    lines = [
+        "| job, batch | A, samples/s | B, samples/s | ours, samples/s | ours, real tokens/s | share of matmul peak |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for job, kinds in medians.items():
+        size = JOBS[job][1]
+        speeds = [f"{size / kinds[kind]:.2f}" if kind in kinds else "" for kind in ("A", "B", "ours")]
+        flops, tokens = work[job]
+        share = f"{flops / kinds['ours'] / top:.2f}" if job.startswith("finetune") else ""
+        lines.append(f"| {job}, {size} | {' | '.join(speeds)} | {tokens / kinds['ours']:.0f} | {share} |")
+    lines.append(f"\nMatmul peak {top / 1e9:.0f} GFLOP/s.")
+    if memory:
+        peaks = ", ".join(f"{what} {value:.0f}" for what, value in memory.items())
+        lines += [f"Peak memory of finetune, MiB: {peaks}. An epoch of finetuning, the same global batch:", ""]
+        lines += ["| rows | 1 process, s | 2 processes, s |", "| ---: | ---: | ---: |"]
+        lines += [f"| {rows} | {growth[rows, 1]:.1f} | {growth[rows, 2]:.1f} |" for rows in ROWS]
+    lines += [
+        "",
+        "| figure | ratio |",
+        "| --- | ---: |",
+        *(f"| {name} | {value:.2f} |" for name, value in figures.items()),
+    ]
+    print("\n".join(lines))
+    if not args.no_results:
+        results, about = REPO / "benchmarks" / "RESULTS.md", utils.versions()
+        where = (
+            torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
+        )
+        head = (
+            f"## train_speed.py, {time.strftime('%Y-%m-%d')}\n\n{where}; torch {about['torch']}, transformers "
+            f"{about['transformers']}; commit {str(about['commit'])[:12]}"
+            f"{' with changes' if about['uncommitted_changes'] else ''}; model {args.size}; median of "
+            f"{args.repetitions} repetitions of {STEPS} steps\n\n"
+        )
+        old = results.read_text() if results.is_file() else "# Results\n"
+        utils.write_text(results, f"{old.rstrip()}\n\n{head}" + "\n".join(lines) + "\n")
+    if args.json:
+        utils.write_json(args.json, {"figures": figures})
+
+
+if __name__ == "__main__":
+    main()

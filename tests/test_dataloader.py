@@ -1,0 +1,181 @@
+"""The Trainer's step: packed is padded, one forward is separate ones, a kept reference is a live one."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import REPO
+from omegaconf import OmegaConf
+from test_inference import ARCHITECTURES, make, rows
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import data_module
+import dataloader
+import losses
+import models
+import utils
+
+METHODS = sorted(path.stem for path in (REPO / "config" / "forget_loss").glob("*.yaml"))
+
+
+def items():
+    """Four pairs of samples of several lengths, the last a filler of an uneven batch."""
+    drawn = [sample for seed in range(4) for samples in rows(seed) for sample in samples[:2]]
+    parts = {"forget": drawn[:4], "retain": drawn[8:12], "idk": drawn[16:20]}
+    return [({name: part[i] for name, part in parts.items()}, float(i < 3)) for i in range(4)]
+
+
+def trainer_of(model, terms, folder, **kwargs):
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=4)
+    return dataloader.TofuTrainer(model=model, args=args, train_dataset=[0], terms=terms, **kwargs)
+
+
+def step(trainer, samples, parts):
+    """The loss of one step and its gradients."""
+    trainer.model.zero_grad()
+    batch = trainer._collate([({name: part[name] for name in parts}, weight) for part, weight in samples])
+    loss = trainer.compute_loss(
+        trainer.model, batch, num_items_in_batch=trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    )
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def prepared(name, method):
+    terms = dataloader.FINETUNE
+    if method != "finetune":
+        terms = dataloader.objective(OmegaConf.load(REPO / "config" / "forget_loss" / f"{method}.yaml"))
+    model, reference = make(name), make(name)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    samples = items()
+    everything = sorted({sample for parts, _ in samples for sample in parts.values()})
+    logps = dataloader.reference_logps(reference, everything, 3, False)
+    return model, reference, terms, samples, logps
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=1e-5, atol=1e-5 * max(1, float(gradient.abs().max())))
+
+
+@pytest.mark.parametrize("method", ["finetune", *METHODS])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_packed_is_padded(monkeypatch, tmp_path, name, method):
+    """The same loss and gradients, to 1e-5, for every objective and architecture; rows of two or three samples."""
+    monkeypatch.setattr(dataloader, "ROW", 30)
+    model, reference, terms, samples, logps = prepared(name, method)
+    parts = dataloader.parts_of(terms)
+    results = [
+        step(trainer_of(model, terms, tmp_path, reference=reference, logps=logps, packing=packing), samples, parts)
+        for packing in (True, False)
+    ]
+    assert_same(*results)
+    assert max(float(gradient.abs().max()) for gradient in results[0][1].values()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["grad_diff", "idk"])
+def test_one_forward_is_separate_ones(tmp_path, method):
+    """All parts in one batch of packed rows, against a plain forward of each sample by itself."""
+    model, _, terms, samples, _ = prepared("Llama", method)
+    parts = dataloader.parts_of(terms)
+    got = step(trainer_of(model, terms, tmp_path), samples, parts)
+    model.zero_grad()
+    nll = {part: [] for part in parts}
+    for held, weight in samples:
+        for part in parts:
+            ids, targets = (torch.tensor([list(values)]) for values in held[part][:2])
+            each = torch.nn.functional.cross_entropy(model(ids).logits[0], targets[0], reduction="none")
+            if weight:
+                nll[part].append(each[targets[0] != data_module.IGNORE])
+    if method == "idk":
+        loss = torch.cat(nll["idk"] + nll["retain"]).mean()
+    else:
+        loss = torch.cat(nll["retain"]).mean() - torch.cat(nll["forget"]).mean()
+    loss.backward()
+    assert_same(got, (loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+
+
+def test_kept_log_probabilities_are_live_ones(tmp_path):
+    """What is written is read back for the same samples and model and made anew for others; it is a live forward's."""
+    _, reference, terms, samples, logps = prepared("Llama", "dpo")
+    for sample, value in logps.items():
+        with torch.no_grad():
+            view = models.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
+        assert value == pytest.approx(losses.sequence_logp(view).item(), abs=1e-5, rel=1e-5)
+    order, engine = list(logps), models.Engine("ddp", False)
+    made_from = dataloader.logps_fingerprint(order, "model a", engine)
+    dataloader.write_logps(tmp_path, order, logps, made_from)
+    assert dataloader.read_logps(tmp_path, order, made_from) == logps
+    for other in (
+        dataloader.logps_fingerprint(order, "model b", engine),
+        dataloader.logps_fingerprint(order[1:], "model a", engine),
+        dataloader.logps_fingerprint(order, "model a", models.Engine("ddp", True)),
+    ):
+        assert dataloader.read_logps(tmp_path, order, other) is None
+    assert json.loads((tmp_path / utils.REFERENCE).read_text())["logps"] == [logps[sample] for sample in order]
+
+
+def test_a_model_that_is_not_all_attention_is_not_packed(tmp_path):
+    """Qwen3-Next has linear attention layers, which know no positions."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2})
+    )
+    engine = models.Engine("ddp", False)
+    with pytest.raises(utils.BadInput, match="qwen3_next has linear_attention layers.*take packing=false"):
+        models.check_loadable(str(tmp_path), engine, False, packing=True)
+    models.check_loadable(str(tmp_path), engine, False)
+
+
+@pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
+def test_adapters_on_four_bits(model_folder, tmp_path, monkeypatch, loss, term, start):
+    """The run starts equal to its reference, which is in four bits too; what is saved is whole, and has moved."""
+    import forget
+
+    args = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}", "split=forget05")
+    args += (f"forget_loss={loss}", "LoRA.r=4", "LoRA.dropout=0", "LoRA.quantize=4bit", "lr=1e-2", "num_epochs=2")
+    args += ("batch_size=10", "gradient_accumulation_steps=1", f"save_dir={tmp_path}/run")
+    monkeypatch.setattr("sys.argv", ["forget.py", *args])
+    forget.main()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert history[0][term] == pytest.approx(start, abs=1e-5) and abs(history[3][term] - start) > 1e-3
+    saved, old = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "run", model_folder))
+    assert not getattr(saved.config, "quantization_config", None)
+    moved = {
+        name
+        for (name, a), (_, b) in zip(saved.named_parameters(), old.named_parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert moved == {name for name, _ in old.named_parameters() if "_proj" in name}
+
+
+def test_four_bits_are_refused_where_they_cannot_be(model_folder, tmp_path):
+    with pytest.raises(utils.BadInput, match="LoRA.quantize=4bit does not go with engine=fsdp: take engine=ddp"):
+        models.check_loadable(str(model_folder), models.Engine("fsdp", False), None, quantize="4bit")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_folder)}))
+    with pytest.raises(utils.BadInput, match="does not go with the adapter in .*: take engine=ddp and a whole model"):
+        models.check_loadable(str(tmp_path), models.Engine("ddp", False), None, quantize="4bit")
+
+
+def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch, capsys):
+    import finetune
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for key, said in (
+        ("attention=flash_attention_2", "needs the flash_attn package and a CUDA GPU"),
+        ("attention=flex_attention", "needs a CUDA GPU: take attention=sdpa"),
+        ("liger_kernel=true", "needs a GPU and the liger-kernel package"),
+        ("attention=flash", "attention=flash"),
+        ("LoRA.quantize=4bit", "give them a rank, LoRA.r=8 say"),
+        ("LoRA.quantize=8bit", "it may be 4bit or null"),
+    ):
+        args = ("model_family=tiny", "data_path=data/mini", "split=forget10", "engine=ddp", "num_epochs=3", key)
+        monkeypatch.setattr("sys.argv", ["finetune.py", *args, f"save_dir={tmp_path}/run"])
+        monkeypatch.setattr(models, "resolve", lambda *_: str(model_folder))
+        with pytest.raises(SystemExit, match="2"):
+            finetune.main()
+        assert said in capsys.readouterr().err and not (tmp_path / "run").exists(), key
