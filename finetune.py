@@ -34,9 +34,14 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in dataloader.ARGUMENTS},
     )
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-    model = dataloader.load_model(path, engine, cfg.LoRA, attention)
+    model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
     trainer = dataloader.TofuTrainer(
-        model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE, packing=cfg.packing
+        model=model,
+        args=args,
+        train_dataset=data,
+        terms=dataloader.FINETUNE,
+        packing=cfg.packing,
+        **dataloader.stochastic(cfg.optim, args),
     )
     trained = dataloader.fit(trainer)
     models.save(trainer.model, tokenizer, out, bf16=engine.bf16)

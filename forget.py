@@ -54,16 +54,23 @@ def main(cfg: DictConfig) -> None:
         models.load_frozen,
         *(path, engine),
         attention=attention,
-        trained_in=dataloader.weights_type(engine, cfg.LoRA),
+        trained_in=dataloader.weights_type(engine, cfg.LoRA, cfg.optim),
         quantize=cfg.LoRA.quantize,
     )
     # with LoRA the live one is the model itself, adapters off: there is never a second copy that nothing needs
     frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
     starting = load_frozen if frozen is None else lambda: frozen
     logps = starting_logps(cfg, out, path, engine, data, terms, starting) if "logp" in needs else None
-    model = dataloader.load_model(path, engine, cfg.LoRA, attention)
+    model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
     trainer = dataloader.TofuTrainer(
-        model=model, args=args, train_dataset=data, terms=terms, reference=frozen, logps=logps, packing=cfg.packing
+        model=model,
+        args=args,
+        train_dataset=data,
+        terms=terms,
+        reference=frozen,
+        logps=logps,
+        packing=cfg.packing,
+        **dataloader.stochastic(cfg.optim, args),
     )
     if evaluator is not None:
         at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -317,25 +317,32 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: float, dropout: float) ->
     return get_peft_model(model, config)
 
 
-def score(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Scored]:
-    """One forward over all samples of a batch, and what each part of it predicts at its scored positions.
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them
+
+
+def score(model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] | None = None) -> dict[str, Scored]:
+    """One forward over the samples of a batch, and what each part of it predicts at its scored positions.
 
     Args:
         model: a causal language model, wrapped by an engine or not.
         batch: what `data_module.collate` makes.
+        only: the parts to read; None for all.
 
     Returns:
         One view a part, logits in float32 whatever the model computes in.
     """
+    bounds = {name: rows for name, rows in batch["parts"].items() if only is None or name in only}
+    read = torch.cat([torch.arange(*rows) for rows in bounds.values()]).to(batch["keep"].device)
+    batch = {name: batch[name][read] for name in (*INPUTS, "keep", "targets", "sample") if name in batch}
     keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
     # a cache would make packed samples see each other
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
     labels, sample = batch["targets"][keep], batch["sample"][keep]
-    views, start = {}, 0
-    for name, (first, last) in batch["parts"].items():
-        count = int(keep[first:last].sum())
-        part = slice(start, start + count)
+    views, row, start = {}, 0, 0
+    for name, (first, last) in bounds.items():
+        count = int(keep[row : row + last - first].sum())
+        part, row = slice(start, start + count), row + last - first
         views[name] = Scored(logits[part], labels[part], sample[part])
         start += count
     return views

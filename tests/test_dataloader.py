@@ -120,6 +120,40 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
     assert json.loads((tmp_path / utils.REFERENCE).read_text())["logps"] == [logps[sample] for sample in order]
 
 
+def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tmp_path, monkeypatch):
+    """The second run loads no starting model and has the same losses; another precision makes them anew."""
+    import forget
+
+    args = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}", "split=forget05")
+    args += ("forget_loss=dpo", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "lr=1e-3")
+    loaded, load = [], models.load_frozen
+    monkeypatch.setattr(models, "load_frozen", lambda *a, **k: loaded.append(1) or load(*a, **k))
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", ["forget.py", *args, f"save_dir={tmp_path}/run", "overwrite_dir=true", *more])
+        forget.main()
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        return [line["loss"] for line in history if "loss" in line]
+
+    first = run()
+    assert run() == first and len(loaded) == 1
+    run("precision=bf16")
+    assert len(loaded) == 2
+
+
+def test_batches_do_not_depend_on_the_loaders_processes():
+    class Slots(torch.utils.data.Dataset):
+        def __getitem__(self, slot):
+            return slot.epoch * 100 + slot.position
+
+    def batches(workers):
+        dealt = data_module.GlobalBatches(41, 4, 1, 2)
+        loader = data_module.EpochLoader(Slots(), batch_sampler=dealt, num_workers=workers)
+        return [[batch.tolist() for batch in loader] for epoch in range(2) if loader.set_epoch(epoch) is None]
+
+    assert batches(2) == batches(0) and batches(0)[1][0][0] == 101
+
+
 def test_a_model_that_is_not_all_attention_is_not_packed(tmp_path):
     """Qwen3-Next has linear attention layers, which know no positions."""
     (tmp_path / "config.json").write_text(
@@ -179,3 +213,27 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch
         with pytest.raises(SystemExit, match="2"):
             finetune.main()
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists(), key
+
+
+@pytest.mark.slow
+def test_stochastic_rounding_loses_no_update(model_folder, tmp_path, monkeypatch):
+    """bf16 weights at lr 1e-5: most move within 12 steps, and on average as float32 weights do."""
+    import finetune
+
+    def run(name, *args):
+        common = ("model_family=tiny", "data_path=data/mini", "split=forget10", "engine=ddp", "precision=bf16")
+        common += ("lr=1e-5", "batch_size=10", "num_epochs=3", f"save_dir={tmp_path}/{name}", *args)
+        monkeypatch.setattr("sys.argv", ["finetune.py", *common])
+        monkeypatch.setattr(models, "resolve", lambda *_: str(model_folder))
+        finetune.main()
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
+
+    # start from weights that bf16 holds exactly, so that what differs is the training
+    start = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).to(torch.float32).state_dict()
+    by_chance = run("stochastic", "optim=adamw_8bit_stochastic")
+    moved = torch.cat([(by_chance[key] != start[key]).flatten() for key in start]).float().mean()
+    nearest = run("nearest", "optim=adamw_torch")
+    kept = torch.cat([(nearest[key] != start[key]).flatten() for key in start]).float().mean()
+    assert moved > 0.1 and moved > kept / 2
+    losses_of = lambda name: json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]  # noqa: E731
+    assert losses_of("stochastic")[0]["loss"] == pytest.approx(losses_of("nearest")[0]["loss"], rel=1e-2)
