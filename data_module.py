@@ -5,6 +5,7 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 """
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from utils import BadInput
 log = logging.getLogger(__name__)
 datasets.disable_progress_bars()  # a bar for each split, on every rank
 
+ONE_ROW = sys.maxsize  # tokens of a packed row without end
 IGNORE = -100  # the target of a position that is not scored
 REFUSALS = "data/idontknow.jsonl"
 
@@ -174,41 +176,44 @@ def collate(
         parts: name -> B samples each, the same order of pairs in every part.
         weights: (B,) 1, or 0 for the fillers of an uneven batch.
         attended: the parts whose losses score every position read, not only the answer's.
-        row: pack samples end to end into rows of about so many tokens; None pads each into a row of its own.
+        row: pack samples end to end into rows of about so many tokens, ONE_ROW into one; None pads each into a row of
+            its own.
 
     Returns:
-        input_ids, targets, sample (R, T) int64, keep (R, T) bool; R rows, T the longest. `sample` is the place in its
-        part, -1 at a filler; weight (B,) float32; parts: name -> (first row, one past the last). And either
-        attention_mask (R, T) int64, padded; or position_ids (R, T) int64, packed: they begin anew with each sample, and
-        a row's rest is a sample of its own, which is how transformers' masks know samples apart.
+        input_ids, targets, part, sample (R, T) int64, keep (R, T) bool; R rows, T the longest. `part` numbers `parts`,
+        `sample` is the place in its part; both are -1 at a filler, and row after row, `part` never falls. weight (B,)
+        float32; parts: the names. And either attention_mask (R, T) int64, padded; or position_ids (R, T) int64, packed:
+        they begin anew with each sample, and a row's rest is a sample of its own, which is how transformers' masks know
+        samples apart.
     """
-    rows, bounds = [], {}  # rows: the part, and the places of its samples
-    for name, samples in parts.items():
-        first, lengths = len(rows), [len(sample.input_ids) for sample in samples]
-        rows += [(name, places) for places in (packed(lengths, row) if row else [[i] for i in range(len(samples))])]
-        bounds[name] = (first, len(rows))
-    width = max(sum(len(parts[name][i].input_ids) for i in places) for name, places in rows)
+    rows: list[list[tuple[int, int, Sample]]] = []  # its samples: number of the part, place in it
+    for k, samples in enumerate(parts.values()):
+        lengths = [len(sample.input_ids) for sample in samples]
+        dealt = packed(lengths, row) if row else [[i] for i in range(len(samples))]
+        rows += [[(k, i, samples[i]) for i in places] for places in dealt]
+    if row == ONE_ROW:
+        rows = [[one for places in rows for one in places]]
+    width = max(sum(len(sample.input_ids) for *_, sample in places) for places in rows)
     ids, positions = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(2))
-    targets, of = np.full(ids.shape, IGNORE, dtype=np.int64), np.full(ids.shape, -1, dtype=np.int64)
-    for r, (name, places) in enumerate(rows):
+    targets, part, of = (np.full(ids.shape, value, dtype=np.int64) for value in (IGNORE, -1, -1))
+    for r, places in enumerate(rows):
         start = 0
-        for i in places:
-            sample = parts[name][i]
-            end = start + len(sample.input_ids)
-            ids[r, start:end], targets[r, start:end], of[r, start:end] = sample.input_ids, sample.targets, i
-            positions[r, start:end] = np.arange(end - start)
-            start = end
+        for k, i, sample in places:
+            at = slice(start, start + len(sample.input_ids))
+            ids[r, at], targets[r, at], part[r, at], of[r, at] = sample.input_ids, sample.targets, k, i
+            positions[r, at] = np.arange(at.stop - start)
+            start = at.stop
         positions[r, start:] = np.arange(width - start)
     keep, read = targets != IGNORE, of >= 0  # from lengths: an end token inside a prompt stays visible
-    for name, (first, last) in bounds.items():
+    for k, name in enumerate(parts):
         if name in attended:
-            keep[first:last] = read[first:last]
-    batch = {"input_ids": ids, "targets": targets, "sample": of, "keep": keep}
+            keep |= part == k
+    batch = {"input_ids": ids, "targets": targets, "part": part, "sample": of, "keep": keep}
     batch |= {"position_ids": positions} if row else {"attention_mask": read.astype(np.int64)}
     return {
         **{name: torch.from_numpy(array) for name, array in batch.items()},
         "weight": torch.tensor([1.0] * len(next(iter(parts.values()))) if weights is None else weights),
-        "parts": bounds,
+        "parts": tuple(parts),
     }
 
 

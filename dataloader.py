@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ import evaluate_util
 import losses
 import models
 import utils
-from data_module import EpochLoader, GlobalBatches, Sample, Slot, TrainingSet, collate
+from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, Slot, TrainingSet, collate
 from losses import Scored
 from models import Engine
 from utils import BadInput
@@ -65,8 +64,8 @@ ROW = 256  # tokens of a packed row: masks are dense, so attention's cost grows 
 
 
 def row_of(config: PretrainedConfig) -> int:
-    """Tokens of a packed row; without end where attention has no dense mask."""
-    return sys.maxsize if config._attn_implementation.startswith(("flash", "flex")) else ROW
+    """Tokens of a packed row. Flash attention knows samples apart in a single row only, and has no mask that grows."""
+    return ONE_ROW if config._attn_implementation.startswith(("flash", "flex")) else ROW
 
 
 def parts_of(terms: list[Term]) -> list[str]:
@@ -112,7 +111,7 @@ class TofuTrainer(Trainer):
         self._running: dict[str, Tensor] = {}
 
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
-        names = items[0][0]
+        names = parts_of(self.terms)
         parts = {name: [parts[name] for parts, _ in items] for name in names}
         batch = collate(parts, [weight for _, weight in items], self.attended, self.row)
         for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
@@ -134,6 +133,7 @@ class TofuTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -151,8 +151,8 @@ class TofuTrainer(Trainer):
             return [batch["weight"]]
         weights = []
         for part in term.contract.parts:
-            rows = slice(*batch["parts"][part])
-            weights.append(batch["weight"][batch["sample"][rows][batch["keep"][rows]]])
+            scored = batch["keep"] & (batch["part"] == batch["parts"].index(part))
+            weights.append(batch["weight"][batch["sample"][scored]])
         return weights
 
     def compute_loss(
@@ -472,14 +472,15 @@ def reference_logps(
     return evaluate_util.merge(found)
 
 
-def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine) -> dict[str, Any]:
+def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **settings: Any) -> dict[str, Any]:
     """What reference log-probabilities are a function of.
 
     Args:
         model: the identity of the starting model (`models.identity`).
+        settings: how it is loaded: type of the weights, four bits, attention.
     """
     digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
-    return {"model": model, "samples": digest, "bf16": engine.bf16, "version": 1}
+    return {"model": model, "samples": digest, "engine": engine.name, "bf16": engine.bf16, **settings, "version": 1}
 
 
 def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:

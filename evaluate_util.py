@@ -41,7 +41,7 @@ REPORT = "eval_report.md"
 FINGERPRINTS = "fingerprints.json"
 OPENUNLEARNING = ("TOFU_EVAL.json", "TOFU_SUMMARY.json")
 OWN = ("eval_*.json", AGGREGATED, STATISTICS, REPORT, FINGERPRINTS, *OPENUNLEARNING)  # what an evaluation writes
-VERSION = 1  # part of every fingerprint: raise it whenever a change of the code moves a number
+VERSION = 2  # part of every fingerprint: raise it whenever a change of the code moves a number
 SEED = 42  # only reinitialize_weights draws anything
 SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
 LOGITS_AT_ONCE = 2**28  # numbers, 1 GiB in float32: bounds such a batch where the vocabulary is large
@@ -527,7 +527,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluator = Evaluator(cfg, tokenizer)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine, models.attention_of(family))
+    models.check_loadable(path, engine)
 
     out = utils.start_evaluation(
         cfg, cfg.save_dir, overwrite=cfg.overwrite, own=(*OWN, *(f"{task}.json" for task in cfg.eval_task))
@@ -537,9 +537,7 @@ def main(cfg: DictConfig) -> None:
     todo, model = evaluator.missing(out, fingerprints), None
     if todo:
         set_seed(SEED)
-        model = models.load_frozen(
-            path, engine, attention=models.attention_of(family), random_weights=cfg.reinitialize_weights
-        )
+        model = models.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
     utils.finish_run(out, evaluator(model, out, engine.sharded, fingerprints, todo))
 
 

@@ -25,7 +25,8 @@ def main(cfg: DictConfig) -> None:
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     attention = models.attention_of(family, cfg.attention)
-    models.check_loadable(path, engine, attention, packing=cfg.packing, quantize=cfg.LoRA.quantize)
+    keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
+    models.check_loadable(path, engine, attention, **keys)
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),

@@ -5,9 +5,11 @@ torchrun --nproc_per_node=2 forget.py --config-name=forget.yaml split=forget10 b
 python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05,forget10 model_family=phi
 """
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -38,7 +40,7 @@ def main(cfg: DictConfig) -> None:
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:
         out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
-        model = models.load_frozen(path, engine, attention=attention)
+        model = models.load_frozen(path, engine)
         return utils.finish_run(out, evaluator(model, out / "checkpoint-0", engine.sharded))
     args = dataloader.arguments(
         cfg.save_dir,
@@ -48,19 +50,22 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in dataloader.ARGUMENTS},
     )
 
-    out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
     needs = dataloader.references(terms)
-    load_frozen = partial(
-        models.load_frozen,
-        *(path, engine),
-        attention=attention,
-        trained_in=dataloader.weights_type(engine, cfg.LoRA, cfg.optim),
-        quantize=cfg.LoRA.quantize,
-    )
+    keep = (utils.REFERENCE,) if "logp" in needs else ()
+    out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,), keep=keep)
+    trained_in = dataloader.weights_type(engine, cfg.LoRA, cfg.optim)
+    loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
+    load_frozen = partial(models.load_frozen, path, engine, **loading)
     # with LoRA the live one is the model itself, adapters off: there is never a second copy that nothing needs
     frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
-    starting = load_frozen if frozen is None else lambda: frozen
-    logps = starting_logps(cfg, out, path, engine, data, terms, starting) if "logp" in needs else None
+    logps = None
+    if "logp" in needs:
+        samples, identity = dataloader.compared(data, terms, cfg.num_epochs), ""
+        if utils.rank() == 0:
+            identity = models.identity(path)
+        made_from = dataloader.logps_fingerprint(samples, identity, engine, **{k: str(v) for k, v in loading.items()})
+        starting = load_frozen if frozen is None else lambda: frozen
+        logps = starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
     trainer = dataloader.TofuTrainer(
         model=model,
@@ -83,25 +88,27 @@ def main(cfg: DictConfig) -> None:
 
 
 def starting_logps(
-    cfg: DictConfig,
     out: Path,
-    path: str,
-    engine: models.Engine,
-    data: data_module.TrainingSet,
-    terms: list[dataloader.Term],
+    samples: list[data_module.Sample],
+    made_from: dict[str, Any],
     load: Callable[[], torch.nn.Module],
+    batch_size: int,
+    sharded: bool,
 ) -> dict[data_module.Sample, float]:
-    """The starting model's log-probability of what a run compares with it: as the folder has it, or computed into it.
+    """The starting model's log-probabilities of what a run compares with it: the folder's, or computed into it.
 
     Args:
         load: gives the starting model; it is called, and kept for the while, only where it is needed.
     """
-    samples = dataloader.compared(data, terms, cfg.num_epochs)
-    made_from = dataloader.logps_fingerprint(samples, models.identity(path), engine)
     logps = dataloader.read_logps(out, samples, made_from)
     if logps is None:
-        logps = dataloader.reference_logps(load(), samples, cfg.batch_size, engine.sharded)
+        model = load()
+        logps = dataloader.reference_logps(model, samples, batch_size, sharded)
         dataloader.write_logps(out, samples, logps, made_from)
+        del model
+        gc.collect()  # hooks and wrappers of it are cycles: it must be gone before the model to train is loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return logps
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-import models
 from data_module import IGNORE, Sample
 from utils import BadInput
 
@@ -36,9 +35,9 @@ def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
             masks would not keep.
     """
     config = model.config.get_text_config()
-    if strange := models.not_attention(config):
-        raise BadInput(f"{config.model_type} has {', '.join(strange)} layers: only attention can be evaluated")
     kinds = set(getattr(config, "layer_types", None) or [])
+    if strange := kinds - {"full_attention", "sliding_attention"}:
+        raise BadInput(f"{config.model_type} has {', '.join(sorted(strange))} layers: only attention can be evaluated")
     window = getattr(config, "sliding_window", None)
     if window and ("sliding_attention" in kinds or not kinds) and reach > window:
         raise BadInput(
@@ -269,7 +268,8 @@ def greedy(
         prompts: token ids of each, one at least.
         budgets: the most new tokens of each, one at least.
         ends: ids of the tokens that end an answer.
-        known: of each prompt, texts that its answer may follow, the likeliest first: they move no token, only the time.
+        known: of each prompt, texts that its answer may follow, the likeliest first: they change the time, and no
+            token but where two are equally likely to rounding.
         before_forward: called before every forward (see `Together`).
 
     Returns:

@@ -74,6 +74,8 @@ def identity(path: str, *, random_weights: bool = False) -> str:
     files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run, and a large model has many files
         listing = [f"{file.name} {digest}\n" for file, digest in zip(files, pool.map(_digest, files), strict=True)]
+    if _is_adapter(path):
+        listing.append(identity(_base(path), random_weights=random_weights))
     return f"{kind}sha256:{hashlib.sha256(''.join(listing).encode()).hexdigest()}"
 
 
@@ -117,8 +119,24 @@ def engine(name: str, ds_config: str, precision: str) -> Engine:
     return Engine(name, bf16, found)
 
 
+# model types whose packed samples don't see each other (tests/test_dataloader.py tries each): another may ignore
+# positions that begin anew, and nothing would tell
+PACKABLE = ("llama", "phi", "gpt_neox", "stablelm", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+SUPPORT = {  # attention -> the mark of a model class that has it
+    "sdpa": "_supports_sdpa",
+    "flash_attention_2": "_supports_flash_attn",
+    "flex_attention": "_supports_flex_attn",
+}
+
+
 def check_loadable(
-    path: str, engine: Engine, attention: str | None, *, packing: bool = False, quantize: str | None = None
+    path: str,
+    engine: Engine,
+    attention: str | None = None,
+    *,
+    packing: bool = False,
+    quantize: str | None = None,
+    liger_kernel: bool = False,
 ) -> None:
     """Refuse what `load` could not do; called before a run has a folder or reads a weight.
 
@@ -127,12 +145,13 @@ def check_loadable(
 
     Raises:
         BadInput: only an adapter where the processes share one model, or one without its base; an attention that
-            is not there; packing for a model that would see across samples; four bits without bitsandbytes.
+            is not there; packing for a model that might see across samples; four bits without bitsandbytes; Liger's
+            kernels for a model that they don't know.
     """
-    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+    if attention == "flash_attention_2" and not (is_flash_attn_2_available() and engine.bf16):
         raise BadInput(
             "attention=flash_attention_2 (also by flash_attention2: true in model_config.yaml) needs the flash_attn "
-            "package and a CUDA GPU"
+            "package, a CUDA GPU and bf16"
         )
     if attention == "flex_attention" and not torch.cuda.is_available():
         raise BadInput("attention=flex_attention needs a CUDA GPU: take attention=sdpa")
@@ -142,23 +161,31 @@ def check_loadable(
     if quantize and (engine.name != "ddp" or adapter):
         what = f"the adapter in {path}" if adapter else f"engine={engine.name}"
         raise BadInput(f"LoRA.quantize={quantize} does not go with {what}: take engine=ddp and a whole model")
-    if not adapter and packing:
-        config = AutoConfig.from_pretrained(path).get_text_config()
-        if strange := not_attention(config):
-            raise BadInput(
-                f"packing: {config.model_type} has {', '.join(strange)} layers, which see from one packed sample into "
-                "the next: take packing=false"
-            )
     if not adapter:
-        return
+        return _check_architecture(AutoConfig.from_pretrained(path), attention, packing, liger_kernel)
     if engine.sharded:  # merging needs the whole model
         raise BadInput(
             f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
             "(our runs save merged models)"
         )
     resolve(_base(path), f"{path}/adapter_config.json: base_model_name_or_path")
-    if packing:
-        check_loadable(_base(path), engine, attention, packing=True)
+    check_loadable(_base(path), engine, attention, packing=packing, liger_kernel=liger_kernel)
+
+
+def _check_architecture(config: PretrainedConfig, attention: str | None, packing: bool, liger_kernel: bool) -> None:
+    if packing and config.model_type not in PACKABLE:
+        raise BadInput(
+            f"packing: it is not known whether packed samples of {config.model_type} see each other (known not to: "
+            f"{', '.join(PACKABLE)}): take packing=false"
+        )
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention in SUPPORT and kind is not None and not getattr(kind, SUPPORT[attention], False):
+        raise BadInput(f"attention={attention}: {config.model_type} has no such attention: take attention=auto")
+    if liger_kernel:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise BadInput(f"liger_kernel: Liger has no kernels for {config.model_type}: take liger_kernel=false")
 
 
 def attention_of(family: Any, wanted: str = "auto") -> str | None:
@@ -166,11 +193,6 @@ def attention_of(family: Any, wanted: str = "auto") -> str | None:
     if wanted != "auto":
         return wanted
     return "flash_attention_2" if family.flash_attention2 else None
-
-
-def not_attention(config: PretrainedConfig) -> list[str]:
-    """The kinds of a model's layers that are no attention (linear ones, convolutions): our masks can't guide them."""
-    return sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
 
 
 def _is_adapter(path: str) -> bool:
@@ -256,7 +278,7 @@ def load_frozen(
     path: str,
     engine: Engine,
     *,
-    attention: str | None,
+    attention: str | None = None,
     random_weights: bool = False,
     trained_in: torch.dtype | None = None,
     quantize: str | None = None,
@@ -331,20 +353,22 @@ def score(model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] |
     Returns:
         One view a part, logits in float32 whatever the model computes in.
     """
-    bounds = {name: rows for name, rows in batch["parts"].items() if only is None or name in only}
-    read = torch.cat([torch.arange(*rows) for rows in bounds.values()]).to(batch["keep"].device)
-    batch = {name: batch[name][read] for name in (*INPUTS, "keep", "targets", "sample") if name in batch}
+    number = {name: k for k, name in enumerate(batch["parts"]) if only is None or name in only}
+    wanted = torch.isin(batch["part"], torch.tensor(list(number.values()), device=batch["part"].device))
+    rows = wanted.any(1)
+    batch = {name: batch[name][rows] for name in (*INPUTS, "targets", "part", "sample") if name in batch} | {
+        "keep": (batch["keep"] & wanted)[rows]
+    }
     keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     # a cache would make packed samples see each other
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
-    labels, sample = batch["targets"][keep], batch["sample"][keep]
-    views, row, start = {}, 0, 0
-    for name, (first, last) in bounds.items():
-        count = int(keep[row : row + last - first].sum())
-        part, row = slice(start, start + count), row + last - first
-        views[name] = Scored(logits[part], labels[part], sample[part])
-        start += count
+    labels, part, sample = (batch[name][keep] for name in ("targets", "part", "sample"))
+    views, start = {}, 0
+    for name, k in number.items():
+        its = slice(start, start + int((part == k).sum()))
+        views[name] = Scored(logits[its], labels[its], sample[its])
+        start = its.stop
     return views
 
 
@@ -395,7 +419,7 @@ def save(
     weights = {} if quantized else _gather(model)
     if utils.rank() > 0:
         return
-    if quantized:  # adapters are merged into the weights that the four bits were made from
+    if quantized:  # adapters are merged into the weights that the four bits were made from, so these differ a little
         whole = get_peft_model(load(peft.get_base_model().name_or_path), peft.peft_config["default"])
         set_peft_model_state_dict(whole, get_peft_model_state_dict(peft))
         merged = whole.merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)

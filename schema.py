@@ -283,6 +283,8 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")
     if cfg.LoRA.quantize and not cfg.LoRA.r:
         raise BadInput("LoRA.quantize=4bit trains adapters on a base in four bits: give them a rank, LoRA.r=8 say")
+    if cfg.optim == "adamw_8bit_stochastic" and cfg.LoRA.r:
+        raise BadInput("optim=adamw_8bit_stochastic is for bf16 weights, and adapters are float32: take optim=auto")
 
 
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
@@ -315,6 +317,8 @@ def _check_forget(cfg: DictConfig) -> None:
         if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
             raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
     _at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
+    if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
+        raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:

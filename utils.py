@@ -139,7 +139,9 @@ def read_json(path: str | Path, key: str) -> Any:
         raise BadInput(f"{key}={path} is not whole JSON ({error}): make it again") from None
 
 
-def start_run(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...]) -> Path:
+def start_run(
+    cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...], keep: tuple[str, ...] = ()
+) -> Path:
     """Make a training run's folder and put into it what explains it: the resolved config and the versions.
 
     Rank 0 alone looks at the disk and writes, so that no rank can mistake the folder just made for an older run.
@@ -149,6 +151,7 @@ def start_run(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs:
         save_dir: the folder, relative to the working directory.
         overwrite: whether an earlier run's files there may be removed; runs in sub-folders of their own stay.
         inputs: local paths that this run reads; none of them may be removed by the overwriting.
+        keep: files of an earlier run that stay.
 
     Raises:
         BadInput: the folder holds something and `overwrite` is false, or it is (or holds) one of `inputs`.
@@ -167,7 +170,7 @@ def start_run(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs:
             raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
         if VERSIONS not in held:  # save_dir=. must never empty somebody's home
             raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
-        _remove_run(folder)
+        _remove_run(folder, keep)
     return _explain(cfg, folder)
 
 
@@ -223,14 +226,14 @@ def _explain(cfg: DictConfig, folder: Path) -> Path:
     return folder
 
 
-def _remove_run(folder: Path) -> None:
+def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     """Remove an earlier run's own files, its mark of completion first, and the evaluations of its model."""
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and (path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path)):
             shutil.rmtree(path)
-        elif not path.is_dir() and path.name != REFERENCE:  # it knows itself what it was made from
+        elif not path.is_dir() and path.name not in (VERSIONS, *keep):  # with VERSIONS it stays known as this suite's
             path.unlink()
 
 

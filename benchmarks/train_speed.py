@@ -5,8 +5,8 @@
     ours  `dataloader.TofuTrainer` as a run calls it
 
 The benchmark's model (Llama, hidden 384, 6 layers, 2,000 words; also 32,000), real rows, the same samples, the same
-losses to 1e-4 (checked), the same optimiser. Figures are medians of interleaved repetitions of two steps each. Appends
-to benchmarks/RESULTS.md. Needs ../shared (the real data and a tokenizer). On a CUDA device: bf16, and --size 1b.
+first loss to 1e-4 (checked in float32), the same optimiser. Figures are medians of interleaved repetitions of two steps
+each. Appends to benchmarks/RESULTS.md. Needs ../shared (the real data, a tokenizer). On a GPU: bf16, and --size 1b.
 """
 
 import argparse
@@ -43,7 +43,6 @@ SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "toy": (32, 2, 2, 2, 64),
     "bench": (384, 6, 6, 6, 1024),
     "1b": (2048, 16, 32, 8, 8192),  # Llama-3.2-1B
-    "8b": (4096, 32, 32, 8, 14336),  # Llama-3.1-8B
 }
 JOBS = {  # job -> (method, batch size, vocabulary; None: the tokenizer's)
     "finetune": ("finetune", 16, None),
@@ -254,7 +253,7 @@ def matmul_peak() -> tuple[float, float]:
 
 
 def peak(what: str, size: str) -> float:
-    """Peak memory of two finetuning steps above the idle process with its model and data, MiB."""
+    """Peak memory of three finetuning steps above the idle process with its model and data, MiB."""
     command = [sys.executable, __file__, "--memory-of", what, "--size", size]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -276,7 +275,7 @@ def memory_of(what: str, size: str) -> None:
 
 
 def epoch(rows: int, processes: int, size: str) -> float:
-    """Seconds a step of an epoch of finetuning over so many rows; the global batch is the same for any `processes`."""
+    """Seconds of an epoch of finetuning over so many rows (its first step counted like the mean of the others)."""
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -53,7 +53,8 @@ def test_collate_masks_by_length_and_keeps_what_is_scored():
     batch = data_module.collate({"forget": [long, short], "retain": [short, long]}, [1.0, 0.0], frozenset({"retain"}))
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert batch["parts"] == {"forget": (0, 2), "retain": (2, 4)} and batch["weight"].tolist() == [1, 0]
+    assert batch["parts"] == ("forget", "retain") and batch["weight"].tolist() == [1, 0]
+    assert batch["part"].tolist() == [[0, 0, 0, 0], [0, 0, -1, -1], [1, 1, -1, -1], [1, 1, 1, 1]]
     assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1], [0, 0, -1, -1], [1, 1, 1, 1]]
 
 
@@ -66,7 +67,11 @@ def test_packed_rows_hold_each_sample_once_and_restart_its_positions():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]] * 2
     assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [1, 1, 1, 1], [0, 0, 2, 2]]
     assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert batch["parts"] == {"forget": (0, 2), "retain": (2, 4)} and "attention_mask" not in batch
+    assert batch["part"].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4] and "attention_mask" not in batch
+    one = data_module.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=data_module.ONE_ROW)
+    assert one["part"].tolist() == [[0] * 8 + [1] * 8]
+    assert one["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1] * 2]
+    assert one["sample"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 1, 1, 0, 0, 2, 2]]
     short_row = data_module.collate({"forget": [long, short]}, row=4)
     assert short_row["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert short_row["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]

@@ -9,6 +9,7 @@ from conftest import REPO
 from omegaconf import OmegaConf
 from test_inference import ARCHITECTURES, make, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils import is_torchao_available
 
 import data_module
 import dataloader
@@ -31,10 +32,10 @@ def trainer_of(model, terms, folder, **kwargs):
     return dataloader.TofuTrainer(model=model, args=args, train_dataset=[0], terms=terms, **kwargs)
 
 
-def step(trainer, samples, parts):
+def step(trainer, samples):
     """The loss of one step and its gradients."""
     trainer.model.zero_grad()
-    batch = trainer._collate([({name: part[name] for name in parts}, weight) for part, weight in samples])
+    batch = trainer._collate(samples)
     loss = trainer.compute_loss(
         trainer.model, batch, num_items_in_batch=trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     )
@@ -66,16 +67,20 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("method", ["finetune", *METHODS])
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_packed_is_padded(monkeypatch, tmp_path, name, method):
-    """The same loss and gradients, to 1e-5, for every objective and architecture; rows of two or three samples."""
-    monkeypatch.setattr(dataloader, "ROW", 30)
+    """The same loss and gradients, to 1e-5, for every objective and architecture; in several rows and in one."""
     model, reference, terms, samples, logps = prepared(name, method)
-    parts = dataloader.parts_of(terms)
-    results = [
-        step(trainer_of(model, terms, tmp_path, reference=reference, logps=logps, packing=packing), samples, parts)
-        for packing in (True, False)
-    ]
-    assert_same(*results)
-    assert max(float(gradient.abs().max()) for gradient in results[0][1].values()) > 1e-3
+    padded = step(trainer_of(model, terms, tmp_path, reference=reference, logps=logps, packing=False), samples)
+    for row in (30, data_module.ONE_ROW):
+        monkeypatch.setattr(dataloader, "ROW", row)
+        assert_same(step(trainer_of(model, terms, tmp_path, reference=reference, logps=logps), samples), padded)
+    assert max(float(gradient.abs().max()) for gradient in padded[1].values()) > 1e-3
+
+
+def test_flash_attention_gets_one_row():
+    """It tells samples apart by their positions in a batch of one row only."""
+    config = make("Llama").config
+    config._attn_implementation = "flash_attention_2"
+    assert dataloader.row_of(config) == data_module.ONE_ROW
 
 
 @pytest.mark.parametrize("method", ["grad_diff", "idk"])
@@ -83,7 +88,7 @@ def test_one_forward_is_separate_ones(tmp_path, method):
     """All parts in one batch of packed rows, against a plain forward of each sample by itself."""
     model, _, terms, samples, _ = prepared("Llama", method)
     parts = dataloader.parts_of(terms)
-    got = step(trainer_of(model, terms, tmp_path), samples, parts)
+    got = step(trainer_of(model, terms, tmp_path), samples)
     model.zero_grad()
     nll = {part: [] for part in parts}
     for held, weight in samples:
@@ -115,6 +120,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
         dataloader.logps_fingerprint(order, "model b", engine),
         dataloader.logps_fingerprint(order[1:], "model a", engine),
         dataloader.logps_fingerprint(order, "model a", models.Engine("ddp", True)),
+        dataloader.logps_fingerprint(order, "model a", engine, quantize="4bit"),
     ):
         assert dataloader.read_logps(tmp_path, order, other) is None
     assert json.loads((tmp_path / utils.REFERENCE).read_text())["logps"] == [logps[sample] for sample in order]
@@ -139,6 +145,11 @@ def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tm
     assert run() == first and len(loaded) == 1
     run("precision=bf16")
     assert len(loaded) == 2
+    run("LoRA.r=4", "LoRA.dropout=0")
+    assert run("LoRA.r=4", "LoRA.dropout=0", "LoRA.quantize=4bit")[0] == pytest.approx(20 * math.log(2), abs=1e-5)
+    assert len(loaded) == 4
+    run("forget_loss=grad_ascent")
+    assert not (tmp_path / "run" / utils.REFERENCE).exists()
 
 
 def test_batches_do_not_depend_on_the_loaders_processes():
@@ -155,14 +166,21 @@ def test_batches_do_not_depend_on_the_loaders_processes():
 
 
 def test_a_model_that_is_not_all_attention_is_not_packed(tmp_path):
-    """Qwen3-Next has linear attention layers, which know no positions."""
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_next", "num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2})
-    )
+    """One has linear attention, which knows no positions; one numbers positions by itself; one has no attention."""
     engine = models.Engine("ddp", False)
-    with pytest.raises(utils.BadInput, match="qwen3_next has linear_attention layers.*take packing=false"):
-        models.check_loadable(str(tmp_path), engine, False, packing=True)
-    models.check_loadable(str(tmp_path), engine, False)
+    for kind in ("qwen3_next", "opt", "rwkv"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(utils.BadInput, match=f"packed samples of {kind} see each other.*: take packing=false"):
+            models.check_loadable(str(tmp_path), engine, packing=True)
+        models.check_loadable(str(tmp_path), engine)
+    assert {make(name).config.model_type for name in ARCHITECTURES} == set(models.PACKABLE)
+
+
+def test_an_attention_that_a_model_lacks_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    with pytest.raises(utils.BadInput, match="attention=sdpa: gemma2 has no such attention: take attention=auto"):
+        models.check_loadable(str(tmp_path), models.Engine("ddp", False), "sdpa")
+    models.check_loadable(str(tmp_path), models.Engine("ddp", False), "eager")
 
 
 @pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
@@ -216,6 +234,7 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not is_torchao_available(), reason="needs the torchao package, an optional one")
 def test_stochastic_rounding_loses_no_update(model_folder, tmp_path, monkeypatch):
     """bf16 weights at lr 1e-5: most move within 12 steps, and on average as float32 weights do."""
     import finetune

@@ -11,7 +11,7 @@ from conftest import REPO
 SLURM = """#!/usr/bin/env bash
 case $(basename "$0") in
 scontrol) printf 'localhost\\nelsewhere\\n' ;;
-srun) for _ in $(seq "$SLURM_NNODES"); do "$@" & done; for job in $(jobs -p); do wait "$job"; done ;;
+srun) shift; for _ in $(seq "$SLURM_NNODES"); do "$@" & done; for job in $(jobs -p); do wait "$job"; done ;;
 torchrun) exec PYTHON -m torch.distributed.run "$@" ;;
 esac
 """

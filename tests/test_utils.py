@@ -31,6 +31,20 @@ def test_what_is_not_this_suites_is_never_removed(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_a_start_that_is_killed_can_be_started_again(tmp_path, monkeypatch):
+    """Between removing the old run and explaining the new one the folder stays known as this suite's."""
+    start(tmp_path)
+    for name in ("model.safetensors", utils.REFERENCE):
+        (tmp_path / name).write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_explain", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(tmp_path, overwrite=True, keep=(utils.REFERENCE,))
+    assert {path.name for path in tmp_path.iterdir()} == {"versions.json", utils.REFERENCE}
+    start(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "versions.json"}
+
+
 def test_overwriting_leaves_runs_in_folders_of_their_own(tmp_path):
     start(tmp_path)
     (tmp_path / "model.safetensors").write_text("old")

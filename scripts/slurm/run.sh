@@ -26,6 +26,9 @@ fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 script=$1
 shift
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --rdzv_id="$SLURM_JOB_ID" \
+gpus=${SLURM_GPUS_ON_NODE:-1}
+cpus=${SLURM_CPUS_PER_TASK:-$gpus}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / gpus > 0 ? cpus / gpus : 1))}
+# srun does not take over sbatch's --cpus-per-task
+srun --cpus-per-task="$cpus" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:${PORT:-29500}" "$repository/$script" "$@"
