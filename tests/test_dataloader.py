@@ -218,7 +218,7 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for key, said in (
-        ("attention=flash_attention_2", "needs the flash_attn package and a CUDA GPU"),
+        ("attention=flash_attention_2", "needs the flash_attn package, a CUDA GPU and bf16"),
         ("attention=flex_attention", "needs a CUDA GPU: take attention=sdpa"),
         ("liger_kernel=true", "needs a GPU and the liger-kernel package"),
         ("attention=flash", "attention=flash"),

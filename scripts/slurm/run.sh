@@ -23,7 +23,7 @@ if [ ! -f "$repository/$1" ]; then
     echo "error: $repository/$1 is not there: submit from the repository, or set TOFU to it" >&2
     exit 2
 fi
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would end the pipe early
 script=$1
 shift
 gpus=${SLURM_GPUS_ON_NODE:-1}
