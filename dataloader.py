@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available, is_torchao_available
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 import evaluate_util
 import losses
@@ -311,8 +311,6 @@ def arguments(
         optim = "adamw_torch"  # for the arguments; the Trainer is given the other
     elif optim not in choice_of_optim:
         raise BadInput(f"optim={optim} is unknown: it may be auto, {STOCHASTIC}, {', '.join(choice_of_optim)}")
-    if liger_kernel and not (torch.cuda.is_available() and is_liger_kernel_available()):
-        raise BadInput("liger_kernel=true needs a GPU and the liger-kernel package")
     made = TrainingArguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
 import utils
 from losses import Scored
@@ -155,6 +155,8 @@ def check_loadable(
         )
     if attention == "flex_attention" and not torch.cuda.is_available():
         raise BadInput("attention=flex_attention needs a CUDA GPU: take attention=sdpa")
+    if liger_kernel and not (torch.cuda.is_available() and is_liger_kernel_available()):
+        raise BadInput("liger_kernel=true needs a GPU and the liger-kernel package")
     adapter = _is_adapter(path)
     if quantize and not is_bitsandbytes_available():
         raise BadInput(f"LoRA.quantize={quantize} needs the bitsandbytes package: pip install bitsandbytes")
