@@ -29,6 +29,7 @@ import utils
 from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, Slot, TrainingSet, collate
 from losses import Scored
 from models import Engine
+from schema import STOCHASTIC
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -348,9 +349,6 @@ def arguments(
 LOADERS = 2  # processes that make a GPU's batches
 
 
-STOCHASTIC = "adamw_8bit_stochastic"
-
-
 def stochastic(optim: str, args: TrainingArguments) -> dict[str, Any]:
     """What the Trainer is given for `optim=adamw_8bit_stochastic`: 6 bytes a weight in all, and no update is lost.
 
@@ -421,6 +419,18 @@ def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs:
 def weights_type(engine: Engine, lora: Any, optim: str) -> torch.dtype:
     """Float32 masters where all weights train, unless the optimiser rounds by chance; else as the run computes."""
     return torch.bfloat16 if engine.bf16 and (lora.r or optim == STOCHASTIC) else torch.float32
+
+
+def check_trainable(cfg: Any, family: Any, path: str, engine: Engine) -> str | None:
+    """Refuse a model that can't be trained as a run's config asks for (`models.check_loadable`).
+
+    Returns:
+        The attention to load it with.
+    """
+    attention = models.attention_of(family, cfg.attention)
+    keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
+    models.check_loadable(path, engine, attention, **keys)
+    return attention
 
 
 def load_model(path: str, engine: Engine, lora: Any, attention: str | None, optim: str) -> PreTrainedModel:

@@ -24,9 +24,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    attention = models.attention_of(family, cfg.attention)
-    keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
-    models.check_loadable(path, engine, attention, **keys)
+    attention = dataloader.check_trainable(cfg, family, path, engine)
     args = dataloader.arguments(
         cfg.save_dir,
         samples=len(data),

@@ -33,9 +33,10 @@ def main(cfg: DictConfig) -> None:
     terms = dataloader.objective(cfg.forget_loss)
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    trains = {} if cfg.eval_only else {"packing": cfg.packing, "quantize": cfg.LoRA.quantize}
-    attention = models.attention_of(family, cfg.attention)
-    models.check_loadable(path, engine, attention, **trains)
+    if cfg.eval_only:
+        models.check_loadable(path, engine)
+    else:
+        attention = dataloader.check_trainable(cfg, family, path, engine)
     evaluates = cfg.eval_only or cfg.eval_while_train
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:

@@ -6,6 +6,7 @@ its own view of the same positions. Keyword-only names are hyper-parameters; the
 The return annotation says what the terms are, and the objective is their mean over the global batch.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -40,6 +41,7 @@ class Contract(NamedTuple):
 PARTS = ("forget", "idk", "retain")
 
 
+@functools.cache
 def contract(loss: Callable[..., Tensor]) -> Contract:
     """Read a loss's signature.
 

@@ -38,11 +38,14 @@ ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
+STOCHASTIC = "adamw_8bit_stochastic"  # an optimiser beside transformers' own: `dataloader.stochastic`
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 
 
 @dataclass
 class Adapters:
+    """LoRA's keys."""
+
     r: int = MISSING
     alpha: float = MISSING
     dropout: float = MISSING
@@ -81,11 +84,13 @@ class Run:
 
 @dataclass
 class Finetune(Run):
-    pass
+    """finetune.yaml."""
 
 
 @dataclass
 class ForgetLoss:
+    """A file of config/forget_loss/."""
+
     name: str = MISSING
     forget: str = MISSING
     forget_args: dict[str, Any] = field(default_factory=dict)
@@ -98,6 +103,8 @@ class ForgetLoss:
 
 @dataclass
 class Generation:
+    """How long an evaluation's generations may be, in tokens."""
+
     max_length: int = MISSING
     max_new_tokens: int | None = None
 
@@ -138,6 +145,8 @@ SAVE_FORMATS = ("tofu", "openunlearning")
 
 @dataclass
 class Forget(Run):
+    """forget.yaml."""
+
     model_path: str | None = None
     retain_split: str | None = None
     forget_loss: ForgetLoss = field(default_factory=ForgetLoss)
@@ -149,6 +158,8 @@ class Forget(Run):
 
 @dataclass
 class Aggregate:
+    """aggregate_eval_stat.yaml."""
+
     retain_result: str = MISSING
     ckpt_result: str = MISSING
     method_name: str = MISSING
@@ -283,8 +294,8 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")
     if cfg.LoRA.quantize and not cfg.LoRA.r:
         raise BadInput("LoRA.quantize=4bit trains adapters on a base in four bits: give them a rank, LoRA.r=8 say")
-    if cfg.optim == "adamw_8bit_stochastic" and cfg.LoRA.r:
-        raise BadInput("optim=adamw_8bit_stochastic is for bf16 weights, and adapters are float32: take optim=auto")
+    if cfg.optim == STOCHASTIC and cfg.LoRA.r:
+        raise BadInput(f"optim={STOCHASTIC} is for bf16 weights, and adapters are float32: take optim=auto")
 
 
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from results import status, tell  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.utils import logging as library_logging  # noqa: E402
 
@@ -35,7 +35,6 @@ import evaluate_util  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
 import schema  # noqa: E402
-import utils  # noqa: E402
 
 SHARED = REPO.parent / "shared"
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"
@@ -223,12 +222,6 @@ def memory_of(what: str, rows: int) -> None:
     print((status("VmHWM") - idle) / 1024)
 
 
-def status(key: str) -> int:
-    """A number of kB from this process's /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])
-
-
 def main() -> None:
     """Measure, print the table, append it to RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,26 +257,8 @@ def main() -> None:
         shared, ours = parts["A and B generation"], parts["ours generation"]
         lines.append(f"| {name} | generation | {shared:.2f} | {shared:.2f} | {ours:.2f} |")
     lines.append(f"| random | peak memory, MiB | {memory['A']:.0f} | {memory['B']:.0f} | {memory['ours']:.0f} |")
-    lines += [
-        "",
-        "| figure | ratio |",
-        "| --- | ---: |",
-        *(f"| {name} | {value:.2f} |" for name, value in figures.items()),
-    ]
-    print("\n".join(lines))
-    if not args.no_results:
-        results, about = REPO / "benchmarks" / "RESULTS.md", utils.versions()
-        head = (
-            f"## eval_speed.py, {time.strftime('%Y-%m-%d')}\n\n"
-            f"{platform.machine()}, {torch.get_num_threads()} threads, CPU; torch {about['torch']}, "
-            f"transformers {about['transformers']}; commit {str(about['commit'])[:12]}"
-            f"{' with changes' if about['uncommitted_changes'] else ''}; {args.rows} rows a set, median of "
-            f"{args.repetitions} repetitions; ours generates {AT_ONCE} prompts at once\n\n"
-        )
-        old = results.read_text() if results.is_file() else "# Results\n"
-        utils.write_text(results, f"{old.rstrip()}\n\n{head}" + "\n".join(lines) + "\n")
-    if args.json:
-        utils.write_json(args.json, {"figures": figures})
+    how = f"{args.rows} rows a set, median of {args.repetitions} repetitions; ours generates {AT_ONCE} prompts at once"
+    tell("eval_speed.py", how, lines, figures, args.json, not args.no_results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,8 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from eval_speed import FAMILY, GOLDEN, SHARED, status  # noqa: E402
+from eval_speed import FAMILY, GOLDEN, SHARED  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from results import status, tell  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.utils import logging as library_logging  # noqa: E402
 
@@ -355,32 +355,12 @@ def main() -> None:
         lines.append(f"| {job}, {size} | {' | '.join(speeds)} | {tokens / kinds['ours']:.0f} | {share} |")
     lines.append(f"\nMatmul peak {top / 1e9:.0f} GFLOP/s sustained ({best / 1e9:.0f} in the best single product).")
     if memory:
-        peaks = ", ".join(f"{what} {value:.0f}" for what, value in memory.items())
-        lines += [f"Peak memory of finetune, MiB: {peaks}. An epoch of finetuning, the same global batch:", ""]
+        used = ", ".join(f"{what} {value:.0f}" for what, value in memory.items())
+        lines += [f"Peak memory of finetune, MiB: {used}. An epoch of finetuning, the same global batch:", ""]
         lines += ["| rows | 1 process, s | 2 processes, s |", "| ---: | ---: | ---: |"]
         lines += [f"| {rows} | {growth[rows, 1]:.1f} | {growth[rows, 2]:.1f} |" for rows in ROWS]
-    lines += [
-        "",
-        "| figure | ratio |",
-        "| --- | ---: |",
-        *(f"| {name} | {value:.2f} |" for name, value in figures.items()),
-    ]
-    print("\n".join(lines))
-    if not args.no_results:
-        results, about = REPO / "benchmarks" / "RESULTS.md", utils.versions()
-        where = (
-            torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
-        )
-        head = (
-            f"## train_speed.py, {time.strftime('%Y-%m-%d')}\n\n{where}; torch {about['torch']}, transformers "
-            f"{about['transformers']}; commit {str(about['commit'])[:12]}"
-            f"{' with changes' if about['uncommitted_changes'] else ''}; model {args.size}; median of "
-            f"{args.repetitions} repetitions of {STEPS} steps\n\n"
-        )
-        old = results.read_text() if results.is_file() else "# Results\n"
-        utils.write_text(results, f"{old.rstrip()}\n\n{head}" + "\n".join(lines) + "\n")
-    if args.json:
-        utils.write_json(args.json, {"figures": figures})
+    how = f"model {args.size}; median of {args.repetitions} repetitions of {STEPS} steps"
+    tell("train_speed.py", how, lines, figures, args.json, not args.no_results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The Trainer's step: packed is padded, one forward is separate ones, a kept reference is a live one."""
 
+import importlib
 import json
 import math
 
@@ -213,9 +214,8 @@ def test_four_bits_are_refused_where_they_cannot_be(model_folder, tmp_path):
         models.check_loadable(str(tmp_path), models.Engine("ddp", False), None, quantize="4bit")
 
 
-def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch, capsys):
-    import finetune
-
+@pytest.mark.parametrize("script", ["finetune", "forget"])
+def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch, capsys, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for key, said in (
         ("attention=flash_attention_2", "needs the flash_attn package, a CUDA GPU and bf16"),
@@ -226,10 +226,11 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch
         ("LoRA.quantize=8bit", "it may be 4bit or null"),
     ):
         args = ("model_family=tiny", "data_path=data/mini", "split=forget10", "engine=ddp", "num_epochs=3", key)
-        monkeypatch.setattr("sys.argv", ["finetune.py", *args, f"save_dir={tmp_path}/run"])
+        args += (f"model_path={model_folder}",) if script == "forget" else ()
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *args, f"save_dir={tmp_path}/run"])
         monkeypatch.setattr(models, "resolve", lambda *_: str(model_folder))
         with pytest.raises(SystemExit, match="2"):
-            finetune.main()
+            importlib.import_module(script).main()
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists(), key
 
 
