@@ -4,6 +4,7 @@ What a loss needs follows from its signature (`losses.contract`): the parts of t
 reference. The file's name is TOFU's.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -61,6 +63,9 @@ def objective(method: Any) -> list[Term]:
 FINETUNE = [Term("retain", losses.nll)]  # finetuning is the retain term alone
 
 
+# logits that exist at once; where a micro-batch has more, its samples go through the output head in pieces, and each
+# piece's logits are made again for its backward: about 10 bytes each (bf16, float32, gradient), 1.3 GB in all
+LOGITS = 2**27
 ROW = 256  # tokens of a packed row: masks are dense, so attention's cost grows with it (benchmarks/train_speed.py)
 
 
@@ -77,6 +82,18 @@ def parts_of(terms: list[Term]) -> list[str]:
 def references(terms: list[Term]) -> set[str]:
     """What of the starting model the terms compare with: "logp" of sequences, "live" distributions, or nothing."""
     return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
+
+
+def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """The 0/1 weight of each value that a term returns, in its order: its parts' tokens, or the samples.
+
+    Args:
+        sample: part -> (N,) the sample that each of its scored positions belongs to.
+        weight: (B,) of the samples; 0 at fillers.
+    """
+    if term.contract.unit == "sequence":
+        return weight
+    return torch.cat([weight[sample[part]] for part in term.contract.parts])
 
 
 class TofuTrainer(Trainer):
@@ -142,19 +159,10 @@ class TofuTrainer(Trainer):
         """(terms,) how many terms of each kind the step's global batch holds, fillers not counted."""
         counts = torch.zeros(len(self.terms), dtype=torch.float64)
         for batch in batch_samples:
+            of = {name: batch["sample"][batch["keep"] & (batch["part"] == i)] for i, name in enumerate(batch["parts"])}
             for k, term in enumerate(self.terms):
-                counts[k] += sum(float(weights.sum()) for weights in self._weights(term, batch))
+                counts[k] += float(weights_of(term, of, batch["weight"]).sum())
         return self.accelerator.reduce(counts.to(device), "sum")
-
-    def _weights(self, term: Term, batch: dict[str, Any]) -> list[Tensor]:
-        """The 0/1 weight of each value that a term returns, in its order: its parts' tokens, or the samples."""
-        if term.contract.unit == "sequence":
-            return [batch["weight"]]
-        weights = []
-        for part in term.contract.parts:
-            scored = batch["keep"] & (batch["part"] == batch["parts"].index(part))
-            weights.append(batch["weight"][batch["sample"][scored]])
-        return weights
 
     def compute_loss(
         self,
@@ -164,19 +172,57 @@ class TofuTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, None]:
         """The objective's share of this micro-batch: one forward, then the terms."""
-        views = {**self._reference_views(model, inputs), **models.score(model, inputs)}
+        pieces = self._pieces(inputs)
+        views = self._reference_views(model, inputs, len(pieces) > 1)
+        views |= models.score(model, inputs, headless=len(pieces) > 1)
+        if len(pieces) == 1:
+            sums = self._sums(views, inputs["weight"])
+        else:
+            each = lambda piece: self._sums(self._headed(model, views, piece), inputs["weight"][piece])  # noqa: E731
+            sums = sum(checkpoint(each, piece, use_reentrant=False) for piece in pieces)
         total, shares = 0.0, {}
         for k, term in enumerate(self.terms):
-            contract = term.contract
-            values = term.function(**{name: views[name] for name in (*contract.parts, *contract.refs)}, **term.args)
-            share = (values * torch.cat(self._weights(term, inputs))).sum() / num_items_in_batch[k]
-            share = share.float() * self.accelerator.num_processes
+            share = (sums[k] / num_items_in_batch[k]).float() * self.accelerator.num_processes
             shares[term.name] = share.detach()
             total = total + term.weight * share
         self._stop_if_not_finite(shares)
         for name, share in shares.items():
             self._running[name] = self._running.get(name, 0.0) + share
         return (total, None) if return_outputs else total
+
+    def _sums(self, views: dict[str, Scored | Tensor], weight: Tensor) -> Tensor:
+        """(terms,) the sum of each term's values over the samples of these views; `weight` (B,) is theirs."""
+        sums = []
+        for term in self.terms:
+            contract = term.contract
+            values = term.function(**{name: views[name] for name in (*contract.parts, *contract.refs)}, **term.args)
+            of = {name: views[name].sample for name in contract.parts}
+            sums.append((values * weights_of(term, of, weight)).sum())
+        return torch.stack(sums)
+
+    def _pieces(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """The places of a micro-batch's samples, in as many pieces as keep each piece's logits below LOGITS."""
+        batch_size, config = len(inputs["weight"]), self.model.config.get_text_config()
+        size = int(inputs["keep"].sum()) * config.vocab_size
+        compiled = self.args.torch_compile  # its graph holds the head
+        if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in models.PACKABLE:
+            return [torch.arange(batch_size, device=inputs["weight"].device)]
+        return list(torch.arange(batch_size, device=inputs["weight"].device).chunk(-(-size // LOGITS)))
+
+    def _headed(self, model: torch.nn.Module, views: dict[str, Scored | Tensor], piece: Tensor) -> dict[str, Any]:
+        """The views of some samples, their logits made of what `models.score` left without the head."""
+        autocast, found = self.args.bf16 and self.args.deepspeed is None, {}
+        for name, view in views.items():
+            if isinstance(view, Tensor):
+                found[name] = view[piece]
+                continue
+            its = torch.isin(view.sample, piece)
+            cut = Scored(view.logits[its], view.labels[its], view.sample[its] - piece[0])
+            reference = name.startswith("ref_")
+            source = self.reference if reference and self.reference is not None else model
+            with torch.no_grad() if reference else contextlib.nullcontext():
+                found[name] = models.headed(source, cut, autocast)
+        return found
 
     def _stop_if_not_finite(self, shares: dict[str, Tensor]) -> None:
         """Stop the run on all ranks if a term is NaN or infinite on any; nothing has been written of it yet.
@@ -208,7 +254,9 @@ class TofuTrainer(Trainer):
         )
 
     @torch.no_grad()
-    def _reference_views(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Scored | Tensor]:
+    def _reference_views(
+        self, model: torch.nn.Module, inputs: dict[str, Any], headless: bool
+    ) -> dict[str, Scored | Tensor]:
         """`ref_*` by name: the starting model's sequence log-probabilities (B,), or its view of the same positions."""
         refs = {name: kind for term in self.terms for name, kind in term.contract.refs.items()}
         known = {name: inputs[name].float() for name, kind in refs.items() if kind == "logp"}
@@ -216,10 +264,10 @@ class TofuTrainer(Trainer):
             return known
         live = {name.removeprefix("ref_") for name in refs if name not in known}
         if self.reference is not None:
-            views = models.score(self.reference, inputs, live)
+            views = models.score(self.reference, inputs, live, headless=headless)
         else:
             with models.adapter_off(model):
-                views = models.score(model, inputs, live)
+                views = models.score(model, inputs, live, headless=headless)
         return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,5 +1,6 @@
 """From a family's entry in model_config.yaml to tokenizer, model, adapter, reference, and back to a folder on disk."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -344,13 +345,17 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: float, dropout: float) ->
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them
 
 
-def score(model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] | None = None) -> dict[str, Scored]:
+def score(
+    model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] | None = None, *, headless: bool = False
+) -> dict[str, Scored]:
     """One forward over the samples of a batch, and what each part of it predicts at its scored positions.
 
     Args:
         model: a causal language model, wrapped by an engine or not.
         batch: what `data_module.collate` makes.
         only: the parts to read; None for all.
+        headless: stop before the output head: the views hold its inputs, (N, hidden) as the model computes them, and
+            `headed` makes logits of them.
 
     Returns:
         One view a part, logits in float32 whatever the model computes in.
@@ -363,8 +368,10 @@ def score(model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] |
     }
     keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    # a cache would make packed samples see each other
-    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+    with _headless(model) if headless else contextlib.nullcontext():
+        # a cache would make packed samples see each other
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    logits = logits if headless else logits.float()
     labels, part, sample = (batch[name][keep] for name in ("targets", "part", "sample"))
     views, start = {}, 0
     for name, k in number.items():
@@ -372,6 +379,40 @@ def score(model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] |
         views[name] = Scored(logits[its], labels[its], sample[its])
         start = its.stop
     return views
+
+
+def _whole(model: torch.nn.Module) -> PreTrainedModel:
+    """The causal language model inside of engines' and adapters' wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@contextmanager
+def _headless(model: torch.nn.Module) -> Iterator[None]:
+    """The model's output head hands on what it is given, and nothing comes after it."""
+    whole = _whole(model)
+    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    head.forward = lambda states: states
+    if cap is not None:
+        whole.config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        del head.forward
+        if cap is not None:
+            whole.config.final_logit_softcapping = cap
+
+
+def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
+    """The view whose logits are made of a `headless` one's states, in float32.
+
+    Args:
+        bf16: whether the head computes in bf16 over weights of another type, as the model's forward does.
+    """
+    whole = _whole(model)
+    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    with torch.autocast(view.logits.device.type, torch.bfloat16, enabled=bf16):
+        logits = head(view.logits.to(head.weight.dtype)).float()
+    return view._replace(logits=logits if cap is None else torch.tanh(logits / cap) * cap)
 
 
 @contextmanager

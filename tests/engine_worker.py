@@ -1,6 +1,7 @@
 """Runs many command lines in one process, so that a test pays for one launch: engine_worker.py CASES.json MODEL.
 
-CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be.
+CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be;
+"logits" stands for `dataloader.LOGITS` in it.
 For each run's save_dir, what only the live processes know is written beside it: the number of parameters that this rank
 holds a part of (SAVE_DIR.rankN.json). The family `tiny` is the model in the folder MODEL.
 """
@@ -39,8 +40,10 @@ def main() -> None:
     seen: dict = {}
     schema._families().tiny.hf_key = sys.argv[2]
     watch(dataloader.TofuTrainer, seen)
+    logits = dataloader.LOGITS
     for case in json.loads(Path(sys.argv[1]).read_text()):
         seen.clear()
+        dataloader.LOGITS = case.get("logits", logits)
         sys.argv = [f"{case['script']}.py", *case["args"]]
         importlib.import_module(case["script"]).main()
         save_dir = next((arg.split("=", 1)[1] for arg in case["args"] if arg.startswith("save_dir=")), None)

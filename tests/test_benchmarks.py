@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import torch
 from conftest import REPO, needs_shared
 
 
@@ -21,3 +22,25 @@ def test_train_speed_at_toy_size(tmp_path):
     assert set(figures) == names | {"dpo_vs_longest", "finetune32k_vs_longest", "matmul_share"}
     assert all(value > 0 for value in figures.values()) and figures["finetune_vs_500"] > 1
     assert {path.name for path in tmp_path.iterdir()} == {"figures.json"}
+
+
+@needs_shared
+def test_protocol_at_toy_size(tmp_path):
+    """Every stage has its seconds; a setting that is refused has no number but the script's own reason."""
+
+    def run(*args):
+        command = [sys.executable, str(REPO / "benchmarks" / "protocol.py"), *args, "--no-results", "--json", "out"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout, json.loads((tmp_path / "out").read_text())["figures"]
+
+    _, figures = run("--size", "toy", "--rows", "24")
+    stages = {f"{stage}_grad_diff" for stage in ("forget", "evaluate", "aggregate")}
+    stages |= {"finetune", "oracle", "evaluate_oracle", "whole"}
+    assert set(figures) == {f"{stage}_s" for stage in stages} and all(value > 0 for value in figures.values())
+    text, figures = run("--memory", "--sizes", "toy", "--settings", "full_stochastic", "lora_dpo")
+    assert 0.1 < figures["toy_lora_dpo_gb"] < 10
+    if not torch.cuda.is_available():
+        assert set(figures) == {"toy_lora_dpo_gb"}
+        assert "| toy_full_stochastic | not run: optim=adamw_8bit_stochastic trains bf16 weights on one process" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPO
 from omegaconf import OmegaConf
-from test_inference import ARCHITECTURES, make, rows
+from test_inference import ARCHITECTURES, WORDS, make, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import is_torchao_available
 
@@ -75,6 +75,27 @@ def test_packed_is_padded(monkeypatch, tmp_path, name, method):
         monkeypatch.setattr(dataloader, "ROW", row)
         assert_same(step(trainer_of(model, terms, tmp_path, reference=reference, logps=logps), samples), padded)
     assert max(float(gradient.abs().max()) for gradient in padded[1].values()) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["finetune", "KL", "dpo", "idk"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_logits_in_pieces_are_the_whole_ones(monkeypatch, tmp_path, name, method):
+    """Where the logits of a batch would be too many: the same loss and gradients."""
+    model, reference, terms, samples, logps = prepared(name, method)
+    trainer = trainer_of(model, terms, tmp_path, reference=reference, logps=logps)
+    whole = step(trainer, samples)
+    most, seen = 20 * WORDS, []
+    monkeypatch.setattr(dataloader, "LOGITS", most)
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, logits: seen.append(logits.numel()))
+    assert_same(step(trainer, samples), whole)
+    handle.remove()
+    made = [size for size in seen if size % WORDS == 0]
+    pieces = -(-int(trainer._collate(samples)["keep"].sum()) * WORDS // most)
+    assert 2 <= pieces <= len(made) / 2 and "forward" not in vars(head)  # each is made twice: its backward asks again
+    assert step(trainer, samples)[0] == pytest.approx(float(whole[0]), rel=1e-5)
+    monkeypatch.setattr(dataloader, "LOGITS", 2**27)
+    assert torch.equal(step(trainer, samples)[0], whole[0])
 
 
 def test_flash_attention_gets_one_row():

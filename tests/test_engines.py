@@ -44,6 +44,8 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     found.append({"script": "forget", "args": args, "name": "lora_dpo_forget41"})
     padded = [*forget, "split=forget41", "retain_split=retain90", "num_epochs=1", "packing=false"]
     found.append({"script": "forget", "args": [*padded, "forget_loss=grad_diff"], "name": "padded_forget41"})
+    pieces = [*forget, "split=forget41", "retain_split=retain90", "num_epochs=1", "forget_loss=KL"]
+    found.append({"script": "forget", "args": pieces, "name": "pieces_forget41", "logits": 20_000})  # 300 words
     watched = [*forget, "split=forget10", "num_epochs=2", "eval_while_train=true", *small, "eval.split=forget10"]
     found.append({"script": "forget", "args": [*watched, "forget_loss=grad_diff"], "name": "watched"})
     found.append({"script": "forget", "args": [*watched, *lora, "forget_loss=KL"], "name": "lora"})
@@ -118,6 +120,11 @@ def test_padded_equals_packed(one, two):
     """Without packing a step's samples are dealt by length: other micro-batches, the same steps."""
     _, folder = two
     assert losses_of(folder / "padded_forget41") == pytest.approx(losses_of(one / "grad_diff_forget41"), abs=1e-4)
+
+
+def test_logits_in_pieces_equal_whole_ones(one, two):
+    for folder in (one, two[1]):
+        assert losses_of(folder / "pieces_forget41") == pytest.approx(losses_of(one / "KL_forget41"), abs=1e-4)
 
 
 def test_evaluation_equals_one_process(one, two):
