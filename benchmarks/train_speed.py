@@ -11,6 +11,7 @@ each. Appends to benchmarks/RESULTS.md. Needs ../shared (the real data, a tokeni
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import statistics
@@ -31,6 +32,7 @@ from eval_speed import FAMILY, GOLDEN, SHARED  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from results import status, tell  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers.utils import is_liger_kernel_available  # noqa: E402
 from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
@@ -46,13 +48,15 @@ SIZES = {  # hidden, layers, heads, key-value heads, intermediate
 }
 JOBS = {  # job -> (method, batch size, vocabulary; None: the tokenizer's)
     "finetune": ("finetune", 16, None),
+    "grad_ascent": ("grad_ascent", 8, None),
     "grad_diff": ("grad_diff", 8, None),
     "KL": ("KL", 8, None),
+    "idk": ("idk", 8, None),
     "dpo": ("dpo", 8, None),
     "finetune32k": ("finetune", 16, 32000),
 }
 WIDTHS = {"A": 500, "B": None}  # of a baseline's rows
-WARM, STEPS = 1, 2
+WARM, STEPS, LONG = 1, 2, 24
 ROWS = (80, 160, 320)  # of the epochs that show how the cost grows
 CUDA = torch.cuda.is_available()
 
@@ -64,7 +68,7 @@ class Plain(dataloader.TofuTrainer):
 
     def _collate(self, items):
         batch = {}
-        for name in items[0][0]:
+        for name in dataloader.parts_of(self.terms):
             one = data_module.collate({name: [parts[name] for parts, _ in items]})
             short = 0 if self.width is None else self.width - one["input_ids"].shape[1]
             batch[name] = {
@@ -89,9 +93,14 @@ class Plain(dataloader.TofuTrainer):
             )
             beta = self.terms[0].args["beta"]
             return -(2 / beta) * F.logsigmoid(beta * (win - lose)).mean()
+        if name == "idk":
+            nll = sum(self._nll(logits[part], one).sum() for part, one in inputs.items())
+            return nll / sum((one["targets"] != data_module.IGNORE).sum() for one in inputs.values())
         total = 0.0
         if name == "grad_ascent":
             total = -self._mean(logits["forget"], inputs["forget"])
+        if "retain" not in inputs:
+            return total
         if self.terms[-1].function.__name__ == "kl":
             with torch.no_grad():
                 reference = self._logits(self.reference, inputs["retain"])
@@ -180,7 +189,7 @@ class Job:
         return self.logps
 
     def run(self, kind: str, steps: int | None = WARM + STEPS) -> tuple[float, float]:
-        """Train from the start with `kind` (A, B, ours).
+        """Train from the start with `kind` (A, B, ours; compiled, liger: ours with that).
 
         Args:
             steps: optimiser steps; None: one epoch.
@@ -206,9 +215,12 @@ class Job:
                 ddp_find_unused_parameters=False,
                 use_cpu=not CUDA,
                 bf16=CUDA,
+                torch_compile=kind == "compiled",
+                use_liger_kernel=kind == "liger",
+                liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},
             )
             common = {"model": self.model, "args": args, "train_dataset": self.data, "terms": self.terms}
-            if kind == "ours":
+            if kind in ("ours", "compiled", "liger"):
                 live = self.reference() if "live" in self.needs else None
                 trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept())
             else:
@@ -219,6 +231,7 @@ class Job:
             with contextlib.redirect_stdout(open(os.devnull, "w")):
                 trainer.train()
         took = (clock.ends[-1] - clock.ends[WARM - 1]) / (len(clock.ends) - WARM)
+        self.took = [b - a for a, b in itertools.pairwise(clock.ends)]
         return took, trainer.state.log_history[0]["loss"]
 
     def work(self) -> tuple[float, float]:
@@ -235,6 +248,22 @@ class Job:
                     tokens += len(sample.input_ids)
                     scored += sum(target != data_module.IGNORE for target in sample.targets)
         return 6 * (body * tokens + head * scored) / STEPS, tokens / STEPS
+
+
+def with_option(kind: str, size: str) -> tuple[float, float, float]:
+    """Finetuning as it is and with `kind`, over LONG steps of real lengths.
+
+    Returns:
+        The median second of a step in the second half of either, and the ratio of both wholes.
+    """
+    halves, wholes = [], []
+    for one in ("ours", kind):
+        job = Job("finetune", size)  # what compiles or patches a model does so for good
+        start = time.perf_counter()
+        job.run(one, LONG)
+        wholes.append(time.perf_counter() - start)
+        halves.append(statistics.median(job.took[LONG // 2 :]))
+    return *halves, wholes[1] / wholes[0]
 
 
 def matmul_peak() -> tuple[float, float]:
@@ -314,11 +343,14 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="bench", help="of the model (bench)")
     parser.add_argument("--repetitions", type=int, default=5, help="of every part, interleaved (5)")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), help="what to measure (all)")
+    parser.add_argument("--beside", nargs="+", choices=("compiled", "liger"), default=[], help="and with these options")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
     parser.add_argument("--steps-only", action="store_true", help="no memory, no epochs of 80, 160 and 320 rows")
     parser.add_argument("--memory-of", choices=("A", "B", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--epoch-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "liger" in args.beside and not (CUDA and is_liger_kernel_available()):
+        parser.error("--beside liger needs a GPU and the liger-kernel package")
     logging.disable(logging.WARNING)
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
@@ -343,6 +375,8 @@ def main() -> None:
         figures["matmul_share"] = work["finetune"][0] / medians["finetune"]["ours"] / top
     if memory:
         figures |= {"memory_vs_500": memory["ours"] / memory["A"], "memory_vs_longest": memory["ours"] / memory["B"]}
+    beside = {kind: with_option(kind, args.size) for kind in args.beside}
+    figures |= {f"{kind}_vs_plain": plain / took for kind, (plain, took, _) in beside.items()}
     lines = [
         "| job, batch | A, samples/s | B, samples/s | ours, samples/s | ours, real tokens/s | share of matmul peak |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -359,6 +393,11 @@ def main() -> None:
         lines += [f"Peak memory of finetune, MiB: {used}. An epoch of finetuning, the same global batch:", ""]
         lines += ["| rows | 1 process, s | 2 processes, s |", "| ---: | ---: | ---: |"]
         lines += [f"| {rows} | {growth[rows, 1]:.1f} | {growth[rows, 2]:.1f} |" for rows in ROWS]
+    for kind, (plain, took, whole) in beside.items():
+        lines.append(
+            f"\nFinetune, {kind}: {took:.3f} s a step once it is warm, plain {plain:.3f} s; {LONG} steps, the first "
+            f"too, took {whole:.1f} times as long."
+        )
     how = f"model {args.size}; median of {args.repetitions} repetitions of {STEPS} steps"
     tell("train_speed.py", how, lines, figures, args.json, not args.no_results)
 
