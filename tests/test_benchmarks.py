@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import REPO, needs_shared
 
@@ -18,13 +19,15 @@ def test_train_speed_at_toy_size(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(out.read_text())["figures"]
-    names = {f"{job}_vs_{other}" for job in ("finetune", "grad_diff", "KL") for other in ("500", "longest")}
+    jobs = ("finetune", "grad_ascent", "grad_diff", "KL", "idk")
+    names = {f"{job}_vs_{other}" for job in jobs for other in ("500", "longest")}
     assert set(figures) == names | {"dpo_vs_longest", "finetune32k_vs_longest", "matmul_share"}
     assert all(value > 0 for value in figures.values()) and figures["finetune_vs_500"] > 1
     assert {path.name for path in tmp_path.iterdir()} == {"figures.json"}
 
 
 @needs_shared
+@pytest.mark.slow
 def test_protocol_at_toy_size(tmp_path):
     """Every stage has its seconds; a setting that is refused has no number but the script's own reason."""
 

@@ -1,0 +1,240 @@
+"""What the forget10 protocol costs, stage by stage: python benchmarks/protocol.py [--size 1b] [--json FILE]
+
+The entry scripts themselves, a process a stage, as a user starts them: the oracle (finetune on `retain90`) and its
+evaluation, finetune on `full`; then, for each loss, forget, evaluate and aggregate. Real rows, 5 epochs, batches of 32.
+
+With --memory instead: the peak of a few training steps of 16 samples, a process a setting, and the cards it fits.
+
+The model is a Llama with random weights and a tokenizer of 2,000 words. It hardly ever ends an answer, so that
+generation goes to its limit. A peak is torch's allocator's on a GPU, where a paged optimiser's states are not in it
+(they leave a full card), and the process's on a CPU. What did not run gets no number but the reason, in the script's
+words. Appends to benchmarks/RESULTS.md. Needs ../shared (the real data, a tokenizer); for 1b and 8b a GPU, and room for
+three copies of the model in TMPDIR.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+# heavy imports are in the functions that need them: a stage must not pay for what its script doesn't use
+
+LARGER = {"8b": (4096, 32, 32, 8, 14336)}  # than train_speed's SIZES: Llama-3.1-8B
+BIG, VOCABULARY = ("1b", "8b"), 128256  # they have Llama 3's vocabulary, and need a GPU
+TIED = ("1b",)  # whose head is the embeddings, as in Llama-3.2-1B
+CHECKPOINTED = ("8b",)  # whose family has gradient_checkpointing
+SPLITS = ("full", "retain90", "forget10", "forget10_perturbed")
+SPLITS += ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+SETTINGS = {  # of --memory -> script and what is set
+    "full_paged": ("finetune.py", "optim=paged_adamw_32bit"),
+    "full_8bit": ("finetune.py", "optim=adamw_bnb_8bit"),
+    "full_stochastic": ("finetune.py", "optim=adamw_8bit_stochastic"),
+    "lora_dpo": ("forget.py", "LoRA.r=8", "forget_loss=dpo", "save_model=false"),
+    "lora_4bit_dpo": ("forget.py", "LoRA.r=8", "LoRA.quantize=4bit", "forget_loss=dpo", "save_model=false"),
+}
+MEMORY_ROWS = 64  # of --memory: four steps
+CARDS, SPARE = (24, 40, 80), 1.0  # GB (10^9 bytes); what CUDA itself takes of a card
+ABOUT = "PROTOCOL_STAGE"  # environment variable: what `stage` has to know
+
+
+class Row(NamedTuple):
+    """What came of one process."""
+
+    name: str
+    seconds: float
+    peak: float  # GB; 0: no GPU memory used
+    why: str | None = None  # it did not end well; None: it did
+
+
+def stage(script: str, *args: str) -> None:
+    """Be `python SCRIPT args`, with the benchmark's model as its family's, and leave the peak memory in a file."""
+    import torch
+    from results import status
+
+    import schema
+
+    about = json.loads(os.environ[ABOUT])
+    family = schema._families()[about["family"]]
+    family.hf_key, family.gradient_checkpointing = about["model"], about["checkpointing"]
+    sys.argv = [str(REPO / script), *args]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        # not ru_maxrss: it survives exec, so that a child's is at least its parent's
+        cuda = torch.cuda.is_available()
+        peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM") * 1024
+        Path(about["peak"]).write_text(str(peak / 1e9))
+
+
+def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
+    """One process: `script` in `folder`, where `model` is the family's."""
+    from eval_speed import FAMILY
+
+    peak = folder / "peak"
+    peak.unlink(missing_ok=True)
+    about = {"family": FAMILY, "model": str(folder / "model"), "checkpointing": size in CHECKPOINTED, "peak": str(peak)}
+    env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, ABOUT: json.dumps(about)}  # one card, however many there are
+    if script != "aggregate_eval_stat.py":
+        args = (f"model_family={FAMILY}", *args)
+    command = [sys.executable, str(Path(__file__).resolve()), "--stage", script, *args]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    seconds, why = time.perf_counter() - start, None
+    if done.returncode:
+        told = re.findall(r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)", done.stderr, re.MULTILINE)
+        why = told[-1].replace(str(folder), ".").replace("|", "/") if told else f"exit code {done.returncode}"
+        if done.returncode != 2:  # no refusal: somebody will want the traceback
+            print(done.stderr[-3000:], file=sys.stderr)
+    print(f"{name}: {f'not run: {why}' if why else f'{seconds:.1f} s'}", flush=True)
+    return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why)
+
+
+def write_model(size: str, folder: Path) -> None:
+    """Random weights, always the same; bf16 where they are large, which every precision can be loaded from."""
+    import torch
+    from eval_speed import GOLDEN
+    from train_speed import SIZES
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import models
+
+    tokenizer = models.load_tokenizer(str(GOLDEN), None)
+    hidden, layers, heads, kv_heads, intermediate = (SIZES | LARGER)[size]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY if size in BIG else len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=size in TIED,
+    )
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if size in BIG else torch.float32
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_data(rows: int, folder: Path) -> Path:
+    """The first rows of each split, as a data folder."""
+    from eval_speed import SHARED
+
+    folder.mkdir()
+    header = ["---", "configs:"]
+    for split in SPLITS:
+        lines = (SHARED / "tofu" / f"{split}.json").read_text(encoding="utf-8").splitlines()
+        (folder / f"{split}.json").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
+        header += [f"- config_name: {split}", f"  data_files: {split}.json"]
+    (folder / "README.md").write_text("\n".join([*header, "---", ""]))
+    return folder
+
+
+def protocol(size: str, rows: int | None, losses: list[str]) -> list[Row]:
+    """Every stage. One that misses what an earlier one should have made refuses by itself."""
+    from eval_speed import SHARED
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(size, folder / "model")
+        data = f"data_path={write_data(rows, folder / 'data') if rows else SHARED / 'tofu'}"
+        training = (data, "num_epochs=5", "batch_size=16", "gradient_accumulation_steps=2")
+        evaluation, oracle = (data, "split=forget10_perturbed"), "retain_result=eval_oracle/eval_log_aggregated.json"
+        stages = {
+            "oracle": ("finetune.py", "split=retain90", "save_dir=oracle", *training),
+            "evaluate_oracle": ("evaluate_util.py", "model_path=oracle", "save_dir=eval_oracle", *evaluation),
+            "finetune": ("finetune.py", "split=full", "save_dir=full", *training),
+        }
+        for loss in losses:
+            how = ("split=forget10", f"forget_loss={loss}", "model_path=full", f"save_dir={loss}")
+            stages[f"forget_{loss}"] = ("forget.py", *how, *training)
+            how = (f"model_path={loss}", f"save_dir=eval_{loss}", oracle)
+            stages[f"evaluate_{loss}"] = ("evaluate_util.py", *how, *evaluation)
+            how = (f"ckpt_result=eval_{loss}/eval_log_aggregated.json", f"save_file={loss}.csv", f"method_name={loss}")
+            stages[f"aggregate_{loss}"] = ("aggregate_eval_stat.py", oracle, *how, "submitted_by=benchmark")
+        found = []
+        for name, command in stages.items():
+            found.append(run(name, size, folder, *command))
+            if name.startswith("evaluate"):  # the disk need not hold all models at once
+                shutil.rmtree(folder / name.removeprefix("evaluate_"), ignore_errors=True)
+    return found
+
+
+def memory(size: str, rows: int, settings: list[str]) -> list[Row]:
+    """A few steps in every setting."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_model(size, folder / "model")
+        data = write_data(rows, folder / "data")
+        common = (f"data_path={data}", "num_epochs=1", "batch_size=16", "gradient_accumulation_steps=1", "save_dir=run")
+        begin = {"finetune.py": ("split=full",), "forget.py": ("split=forget10", "model_path=model")}
+        found = []
+        for name in settings:
+            script, *keys = SETTINGS[name]
+            found.append(run(f"{size}_{name}", size, folder, script, *begin[script], *common, *keys))
+            shutil.rmtree(folder / "run", ignore_errors=True)
+    return found
+
+
+def main() -> None:
+    """Measure, print the table, append it to RESULTS.md; exit with 1 if a stage of the protocol did not run."""
+    if sys.argv[1:2] == ["--stage"]:
+        return stage(*sys.argv[2:])
+    from results import tell
+    from train_speed import CUDA, SIZES
+
+    sizes, methods = [*SIZES, *LARGER], sorted(path.stem for path in REPO.glob("config/forget_loss/*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write {'figures': {name: number}} here")
+    parser.add_argument("--size", choices=sizes, default="1b", help="of the model (1b)")
+    parser.add_argument("--rows", type=int, help=f"of each split, the first (all; with --memory {MEMORY_ROWS})")
+    parser.add_argument("--losses", nargs="+", choices=methods, default=["grad_diff"], help="to forget by (grad_diff)")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory of training steps instead")
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=["8b"], help="with --memory (8b)")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="likewise (all)")
+    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
+    args = parser.parse_args()
+    for size in args.sizes if args.memory else [args.size]:
+        if size in BIG and not CUDA:
+            parser.error(f"{size} needs a CUDA GPU: take {'--sizes' if args.memory else '--size'} toy or bench")
+    if args.memory:
+        rows = args.rows or MEMORY_ROWS
+        found = [row for size in args.sizes for row in memory(size, rows, args.settings)]
+        figures = {f"{row.name}_gb": row.peak for row in found if row.why is None}
+        lines = ["| setting | peak, GB | 24 GB | 40 GB | 80 GB |", "| --- | ---: | --- | --- | --- |"]
+        for row in found:
+            # a process's memory on a CPU says nothing about a card
+            fits = ["yes" if row.peak + SPARE <= card else "no" for card in CARDS] if CUDA else [""] * len(CARDS)
+            cells = [f"{row.peak:.1f}", *fits] if row.why is None else [f"not run: {row.why}", *[""] * len(CARDS)]
+            lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        how = f"--memory, {rows} rows, batches of 16"
+    else:
+        found = protocol(args.size, args.rows, args.losses)
+        figures = {f"{row.name}_s": row.seconds for row in found if row.why is None}
+        if all(row.why is None for row in found):
+            figures["whole_s"] = sum(row.seconds for row in found)
+        lines = ["| stage | seconds | minutes | peak, GB |", "| --- | ---: | ---: | ---: |"]
+        for row in found:
+            cells = f"{row.seconds:.1f} | {row.seconds / 60:.1f} | {f'{row.peak:.1f}' if row.peak else ''}"
+            lines.append(f"| {row.name} | {f'not run: {row.why} | | ' if row.why else cells} |")
+        how = f"model {args.size}, {args.rows or 'all'} rows a split"
+    lines.append(f"\nPeaks are {'of torch on the GPU' if CUDA else 'of the process'}; GB are 10^9 bytes.")
+    tell("protocol.py", how, lines, figures, args.json, not args.no_results)
+    if not args.memory and any(row.why for row in found):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
