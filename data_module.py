@@ -4,6 +4,7 @@ Nothing here depends on the number of processes or loader workers: a sample is a
 place in the epoch, and a step's samples are the same whatever the number of processes that share them.
 """
 
+import json
 import logging
 import sys
 import tempfile
@@ -128,6 +129,33 @@ def load_refusals() -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def load_alternates(path: str, rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
+    """The wrong answers in a file of scripts/make_alternates.py, and the forget rows that they belong to.
+
+    Args:
+        path: JSON lines {"question", "answer", "alternate"}; a row has as many as it has lines.
+        rows: the forget set.
+
+    Returns:
+        Rows and alternates, one a line of the file.
+
+    Raises:
+        BadInput: a file that is not so, or of other rows than these.
+    """
+    try:
+        lines = [json.loads(line) for line in Path(utils.find(path)).read_text(encoding="utf-8").splitlines()]
+        found = [({key: line[key] for key in ("question", "answer")}, line["alternate"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"forget_loss.alternates={path} cannot be read ({type(error).__name__}: {error})") from None
+    have, want = ({(row["question"], row["answer"]) for row in these} for these in ((r for r, _ in found), rows))
+    if have != want:
+        raise BadInput(
+            f"forget_loss.alternates={path}: {len(want - have)} rows of the forget set have none in it, and "
+            f"{len(have - want)} of its rows are not in the set: scripts/make_alternates.py makes one for a split"
+        )
+    return [row for row, _ in found], [alternate for _, alternate in found]
+
+
 def prompt(tags: Tags, question: str) -> str:
     """What a model is asked with; the answer tag is the model's to write, as in the benchmark."""
     return tags.question_start_tag + question + tags.question_end_tag
@@ -169,6 +197,7 @@ def collate(
     weights: Sequence[float] | None = None,
     attended: frozenset[str] = frozenset(),
     row: int | None = None,
+    states: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Put all parts' samples into one batch of rows, part after part, for one forward.
 
@@ -178,15 +207,18 @@ def collate(
         attended: the parts whose losses score every position read, not only the answer's.
         row: pack samples end to end into rows of about so many tokens, ONE_ROW into one; None pads each into a row of
             its own.
+        states: the parts whose losses look at hidden states: `keep` is where their answers' tokens are read, and the
+            end token is read too.
 
     Returns:
         input_ids, targets, part, sample (R, T) int64, keep (R, T) bool; R rows, T the longest. `part` numbers `parts`,
         `sample` is the place in its part; both are -1 at a filler, and row after row, `part` never falls. weight (B,)
-        float32; parts: the names. And either attention_mask (R, T) int64, padded; or position_ids (R, T) int64, packed:
-        they begin anew with each sample, and a row's rest is a sample of its own, which is how transformers' masks know
-        samples apart.
+        float32; parts, states: the names. And either attention_mask (R, T) int64, padded; or position_ids (R, T)
+        int64, packed: they begin anew with each sample, and a row's rest is a sample of its own, which is how
+        transformers' masks know samples apart.
     """
     rows: list[list[tuple[int, int, Sample]]] = []  # its samples: number of the part, place in it
+    parts = {name: [_ended(s) for s in samples] if name in states else samples for name, samples in parts.items()}
     for k, samples in enumerate(parts.values()):
         lengths = [len(sample.input_ids) for sample in samples]
         dealt = packed(lengths, row) if row else [[i] for i in range(len(samples))]
@@ -205,16 +237,25 @@ def collate(
             start = at.stop
         positions[r, start:] = np.arange(width - start)
     keep, read = targets != IGNORE, of >= 0  # from lengths: an end token inside a prompt stays visible
+    after = np.roll(keep, 1, 1)
     for k, name in enumerate(parts):
         if name in attended:
             keep |= part == k
+        if name in states:  # a target is the token that the next position reads
+            keep[part == k] = after[part == k]
     batch = {"input_ids": ids, "targets": targets, "part": part, "sample": of, "keep": keep}
     batch |= {"position_ids": positions} if row else {"attention_mask": read.astype(np.int64)}
     return {
         **{name: torch.from_numpy(array) for name, array in batch.items()},
         "weight": torch.tensor([1.0] * len(next(iter(parts.values()))) if weights is None else weights),
         "parts": tuple(parts),
+        "states": tuple(name for name in parts if name in states),
     }
+
+
+def _ended(sample: Sample) -> Sample:
+    """The sample with its last target read too, after which nothing is predicted."""
+    return Sample((*sample.input_ids, sample.targets[-1]), (*sample.targets, IGNORE), sample.cut)
 
 
 def packed(lengths: Sequence[int], row: int) -> list[list[int]]:
@@ -256,8 +297,13 @@ class TrainingSet(Dataset):
         forget: list[dict[str, str]] | None = None,
         retain: list[dict[str, str]] | None = None,
         refusals: list[str] | None = None,
+        alternates: list[str] | None = None,
     ) -> None:
         """Encode all rows; each row is {"question", "answer"}.
+
+        Args:
+            refusals: of which one is drawn for each forget row and epoch, as part `idk`.
+            alternates: instead of refusals, a wrong answer for each forget row.
 
         Raises:
             BadInput: a row without an answer token within `max_length`.
@@ -272,6 +318,8 @@ class TrainingSet(Dataset):
             for name, rows in (("forget", forget), ("retain", retain))
             if rows is not None
         }
+        if alternates is not None:
+            self.rows["idk"] = [encoded(row["question"], one) for row, one in zip(forget, alternates, strict=True)]
         self.idk = lru_cache(maxsize=None)(lambda i, j: encoded(forget[i]["question"], refusals[j]))
         self.leading = "forget" if forget is not None else "retain"
         if refusals is not None:
@@ -292,7 +340,9 @@ class TrainingSet(Dataset):
         n = len(self)
         row = int(_permutation(self.seed, self.leading, slot.epoch, n)[slot.position])
         parts = {self.leading: self.rows[self.leading][row]}
-        if self.refusals is not None:
+        if "idk" in self.rows:
+            parts["idk"] = self.rows["idk"][row]
+        elif self.refusals is not None:
             draw = np.random.default_rng([self.seed, *b"refusal", slot.epoch, row])
             parts["idk"] = self.idk(row, int(draw.integers(len(self.refusals))))
         if "retain" not in parts and "retain" in self.rows:

@@ -5,33 +5,23 @@ reference. The file's name is TOFU's.
 """
 
 import contextlib
-import copy
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.training_args import OptimizerNames
-from transformers.utils import is_bitsandbytes_available, is_torchao_available
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
-import evaluate_util
 import losses
 import models
-import utils
-from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, Slot, TrainingSet, collate
-from losses import Scored
+import optimisation
+from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
+from losses import Scored, States
 from models import Engine
-from schema import STOCHASTIC
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -45,6 +35,7 @@ class Term:
     function: Callable[..., Tensor]
     weight: float = 1.0
     args: Mapping[str, Any] = field(default_factory=dict)
+    bound: float = 0.0  # what counts is the mean's excess over it: a constraint's
 
     @property
     def contract(self) -> losses.Contract:
@@ -56,7 +47,8 @@ def objective(method: Any) -> list[Term]:
     """The terms that a `config/forget_loss` file names: total = forget_weight * forget + retain_weight * retain."""
     terms = [Term("forget", losses.FORGET[method.forget], method.forget_weight, dict(method.forget_args))]
     if method.retain is not None:
-        terms.append(Term("retain", losses.RETAIN[method.retain], method.retain_weight))
+        bound = method.get("epsilon") or 0.0
+        terms.append(Term("retain", losses.RETAIN[method.retain], method.retain_weight, bound=bound))
     return terms
 
 
@@ -84,6 +76,31 @@ def references(terms: list[Term]) -> set[str]:
     return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
 
 
+@dataclass
+class Dual:
+    """The dual variable of a constraint retain <= epsilon: it takes the place of the retain term's weight.
+
+    Source: Entesari et al. 2025, arXiv 2506.05314; updated once an optimiser step from the global mean.
+    """
+
+    value: float
+    epsilon: float
+    eta: float
+    warmup: int  # optimiser steps in which it stays
+
+    def update(self, retain: float, step: int) -> None:
+        """Move it after optimiser step `step` (1 is the first), whose mean retain loss is `retain`."""
+        if step > self.warmup:
+            self.value = max(0.0, self.value + self.eta * (retain - self.epsilon))
+
+
+def dual_of(method: Any, steps: int) -> Dual | None:
+    """The dual variable of a `config/forget_loss` file that has one; `steps`: optimiser steps in an epoch."""
+    if "epsilon" not in method:
+        return None
+    return Dual(method.retain_weight, method.epsilon, method.eta, method.dual_warmup_epochs * steps)
+
+
 def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """The 0/1 weight of each value that a term returns, in its order: its parts' tokens, or the samples.
 
@@ -93,7 +110,10 @@ def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tens
     """
     if term.contract.unit == "sequence":
         return weight
-    return torch.cat([weight[sample[part]] for part in term.contract.parts])
+    found = [sample[part] for part in term.contract.parts]
+    if skip := term.args.get("skip"):
+        found = [of[losses.later(of, skip)] for of in found]
+    return torch.cat([weight[of] for of in found])
 
 
 class TofuTrainer(Trainer):
@@ -111,6 +131,10 @@ class TofuTrainer(Trainer):
         reference: torch.nn.Module | None = None,
         logps: dict[Sample, float] | None = None,
         packing: bool = True,
+        block: int | None = None,
+        control_vector: Tensor | None = None,
+        dual: Dual | None = None,
+        gradient_norms: bool = False,
         **kwargs: Any,
     ) -> None:
         """As `transformers.Trainer`, and:
@@ -121,17 +145,29 @@ class TofuTrainer(Trainer):
                 or where it is `model` with its adapters off.
             logps: the starting model's sequence log-probabilities, where a term needs them: `reference_logps`.
             packing: samples end to end in rows, instead of each padded to the longest of its batch.
+            block: whose output terms on hidden states look at.
+            control_vector: (hidden,) of the terms that take one.
+            dual: takes the place of the retain term's weight.
+            gradient_norms: log the norm of each weighted term's gradient, of the last step of each line.
         """
         self.terms, self.reference, self.logps = terms, reference, logps
         self.row = row_of(kwargs["model"].config) if packing else None
-        self.attended = frozenset(p for t in terms for p, view in t.contract.parts.items() if view == "attended")
+        kinds = {part: kind for term in terms for part, kind in term.contract.parts.items()}
+        self.attended, self.states = (
+            frozenset(part for part, kind in kinds.items() if kind == wanted) for wanted in ("attended", "states")
+        )
+        self.block, self.control_vector, self.dual, self.gradient_norms = block, control_vector, dual, gradient_norms
         super().__init__(data_collator=self._collate, **kwargs)
-        self._running: dict[str, Tensor] = {}
+        self._running: dict[str, Tensor] = {}  # since the last line of the log
+        self._step: dict[str, Tensor] = {}  # since the last optimiser step
+        self._gradients: dict[str, list[Tensor]] = {}
+        self.tokens = 0.0
+        self.add_callback(EachStep(self._after_step))
 
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
         names = parts_of(self.terms)
         parts = {name: [parts[name] for parts, _ in items] for name in names}
-        batch = collate(parts, [weight for _, weight in items], self.attended, self.row)
+        batch = collate(parts, [weight for _, weight in items], self.attended, self.row, self.states)
         for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
             batch[name] = torch.tensor([self.logps[sample] for sample in parts[name.removeprefix("ref_")]])
         return batch
@@ -156,13 +192,18 @@ class TofuTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """(terms,) how many terms of each kind the step's global batch holds, fillers not counted."""
-        counts = torch.zeros(len(self.terms), dtype=torch.float64)
+        """(terms,) how many terms of each kind the step's global batch holds, fillers not counted; at least 1."""
+        counts = torch.zeros(len(self.terms) + 1, dtype=torch.float64)
+        self._micro_batches = len(batch_samples)
         for batch in batch_samples:
             of = {name: batch["sample"][batch["keep"] & (batch["part"] == i)] for i, name in enumerate(batch["parts"])}
             for k, term in enumerate(self.terms):
                 counts[k] += float(weights_of(term, of, batch["weight"]).sum())
-        return self.accelerator.reduce(counts.to(device), "sum")
+            read = batch["sample"][batch["sample"] >= 0]
+            counts[-1] += float(batch["weight"][read].sum())
+        counts = self.accelerator.reduce(counts.to(device), "sum")
+        self.tokens += float(counts[-1])
+        return counts[:-1].clamp(min=1)  # a term may skip all tokens of a step; its sum is 0
 
     def compute_loss(
         self,
@@ -174,28 +215,57 @@ class TofuTrainer(Trainer):
         """The objective's share of this micro-batch: one forward, then the terms."""
         pieces = self._pieces(inputs)
         views = self._reference_views(model, inputs, len(pieces) > 1)
-        views |= models.score(model, inputs, headless=len(pieces) > 1)
+        views |= models.score(model, inputs, headless=len(pieces) > 1, block=self.block)
         if len(pieces) == 1:
             sums = self._sums(views, inputs["weight"])
         else:
             each = lambda piece: self._sums(self._headed(model, views, piece), inputs["weight"][piece])  # noqa: E731
             sums = sum(checkpoint(each, piece, use_reentrant=False) for piece in pieces)
-        total, shares = 0.0, {}
+        total, shares, weighted = 0.0, {}, {}
         for k, term in enumerate(self.terms):
             share = (sums[k] / num_items_in_batch[k]).float() * self.accelerator.num_processes
             shares[term.name] = share.detach()
-            total = total + term.weight * share
+            constraint = self.dual is not None and term.name == "retain"
+            weight = self.dual.value if constraint else term.weight
+            weighted[term.name] = weight * share
+            # each micro-batch of the step takes its part of the constant
+            bound = weight * term.bound / self._micro_batches if term.bound else 0.0
+            total = total + weighted[term.name] - bound
         self._stop_if_not_finite(shares)
-        for name, share in shares.items():
-            self._running[name] = self._running.get(name, 0.0) + share
+        for kept in (self._running, self._step):
+            for name, share in shares.items():
+                kept[name] = kept.get(name, 0.0) + share
+        if self.gradient_norms:
+            self._note_gradients(model, weighted)
         return (total, None) if return_outputs else total
+
+    def _note_gradients(self, model: torch.nn.Module, weighted: dict[str, Tensor]) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, share in weighted.items():
+            found = torch.autograd.grad(share, parameters, retain_graph=True, materialize_grads=True)
+            kept = self._gradients.setdefault(name, [torch.zeros_like(gradient) for gradient in found])
+            torch._foreach_add_(kept, found)
+
+    def _after_step(self) -> None:
+        """After each optimiser step, on every rank."""
+        if self.dual is not None:
+            retain = self.accelerator.reduce(self._step["retain"].reshape(1), "mean").item()
+            self.dual.update(retain, self.state.global_step)
+        self._norms = {}
+        for name, gradients in self._gradients.items():
+            whole = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            self._norms[f"{name}_grad_norm"] = float(whole.norm())
+        self._step, self._gradients = {}, {}
 
     def _sums(self, views: dict[str, Scored | Tensor], weight: Tensor) -> Tensor:
         """(terms,) the sum of each term's values over the samples of these views; `weight` (B,) is theirs."""
         sums = []
         for term in self.terms:
             contract = term.contract
-            values = term.function(**{name: views[name] for name in (*contract.parts, *contract.refs)}, **term.args)
+            given = {name: views[name] for name in (*contract.parts, *contract.refs)}
+            if contract.control:
+                given["control"] = self.control_vector.to(weight.device)
+            values = term.function(**given, **term.args)
             of = {name: views[name].sample for name in contract.parts}
             sums.append((values * weights_of(term, of, weight)).sum())
         return torch.stack(sums)
@@ -203,7 +273,7 @@ class TofuTrainer(Trainer):
     def _pieces(self, inputs: dict[str, Any]) -> list[Tensor]:
         """The places of a micro-batch's samples, in as many pieces as keep each piece's logits below LOGITS."""
         batch_size, config = len(inputs["weight"]), self.model.config.get_text_config()
-        size = int(inputs["keep"].sum()) * config.vocab_size
+        size = int(inputs["keep"].sum()) * config.vocab_size if set(inputs["parts"]) - self.states else 0
         compiled = self.args.torch_compile  # its graph holds the head
         if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in models.PACKABLE:
             return [torch.arange(batch_size, device=inputs["weight"].device)]
@@ -217,6 +287,9 @@ class TofuTrainer(Trainer):
                 found[name] = view[piece]
                 continue
             its = torch.isin(view.sample, piece)
+            if isinstance(view, States):
+                found[name] = States(view.states[its], view.sample[its] - piece[0])
+                continue
             cut = Scored(view.logits[its], view.labels[its], view.sample[its] - piece[0])
             reference = name.startswith("ref_")
             source = self.reference if reference and self.reference is not None else model
@@ -264,10 +337,10 @@ class TofuTrainer(Trainer):
             return known
         live = {name.removeprefix("ref_") for name in refs if name not in known}
         if self.reference is not None:
-            views = models.score(self.reference, inputs, live, headless=headless)
+            views = models.score(self.reference, inputs, live, headless=headless, block=self.block)
         else:
             with models.adapter_off(model):
-                views = models.score(model, inputs, live, headless=headless)
+                views = models.score(model, inputs, live, headless=headless, block=self.block)
         return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -278,9 +351,13 @@ class TofuTrainer(Trainer):
                 logs[f"{name}_loss"] = float(self.accelerator.gather(running.reshape(1)).mean()) / steps
         if "loss" in logs:
             self._running, self._last_logged = {}, self.state.global_step
+            logs["tokens"] = int(self.tokens)
+            logs |= self._norms | ({} if self.dual is None else {"dual": self.dual.value})
         super().log(logs, start_time)
 
     _last_logged = 0
+    _norms: dict[str, float] = {}
+    _micro_batches = 1  # of the optimiser step at hand
 
 
 def fit(trainer: TofuTrainer) -> dict[str, float]:
@@ -302,6 +379,16 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
     return {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]}
 
 
+class EachStep(TrainerCallback):
+    """Calls `act()` on every rank after each optimiser step."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
+        self.act()
+
+
 class EachEpoch(TrainerCallback):
     """Calls `evaluate(step)` on every rank at each epoch's end."""
 
@@ -310,163 +397,6 @@ class EachEpoch(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
         self.evaluate(state.global_step)
-
-
-# the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are
-ARGUMENTS = (
-    *("batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
-    *("max_grad_norm", "optim", "seed", "report_to", "logging_steps", "liger_kernel", "torch_compile"),
-)
-
-
-def arguments(
-    save_dir: str | Path,
-    *,
-    samples: int,
-    engine: Engine,
-    gradient_checkpointing: bool,
-    batch_size: int,
-    gradient_accumulation_steps: int,
-    num_epochs: int,
-    lr: float,
-    weight_decay: float,
-    max_grad_norm: float,
-    optim: str,
-    seed: int,
-    report_to: str,
-    logging_steps: int,
-    liger_kernel: bool,
-    torch_compile: bool,
-) -> TrainingArguments:
-    """The Trainer's arguments. Call it before the model is loaded: ZeRO-3 shards a model while it is read.
-
-    Args:
-        samples: rows in an epoch; sets the warm-up of one epoch.
-
-    Raises:
-        BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
-            an optimiser or a place to report to that transformers does not know, or whose package is not installed.
-    """
-    if samples < utils.world_size():
-        raise BadInput(f"{utils.world_size()} processes share {samples} rows: start at most {samples}")
-    per_epoch = _steps(samples, batch_size * gradient_accumulation_steps)
-    if per_epoch * num_epochs < MOVING + 1:
-        raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
-    choice_of_optim = sorted(name.value for name in OptimizerNames)
-    if optim == "auto":
-        optim = best_optim(engine)
-    elif optim == STOCHASTIC:
-        _check_stochastic(engine)
-        optim = "adamw_torch"  # for the arguments; the Trainer is given the other
-    elif optim not in choice_of_optim:
-        raise BadInput(f"optim={optim} is unknown: it may be auto, {STOCHASTIC}, {', '.join(choice_of_optim)}")
-    made = TrainingArguments(
-        output_dir=str(save_dir),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        num_train_epochs=num_epochs,
-        learning_rate=lr,
-        lr_scheduler_type="linear",
-        warmup_steps=per_epoch,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        optim=optim,
-        seed=seed,
-        report_to=report_to,
-        logging_steps=logging_steps,
-        logging_nan_inf_filter=False,  # on by default, it hides a loss that has become NaN
-        save_strategy="no",
-        bf16=engine.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
-        torch_compile=torch_compile,
-        use_liger_kernel=liger_kernel,
-        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
-        log_level="warning",
-        log_level_replica="error",
-        deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
-    )
-    _check_installed(made, optim, report_to)
-    return made
-
-
-LOADERS = 2  # processes that make a GPU's batches
-
-
-def stochastic(optim: str, args: TrainingArguments) -> dict[str, Any]:
-    """What the Trainer is given for `optim=adamw_8bit_stochastic`: 6 bytes a weight in all, and no update is lost.
-
-    AdamW with states in 8 bits over bf16 weights, whose updates are rounded up or down by chance, in proportion: at
-    lr 1e-5 rounding to the nearest leaves 84 % of the weights where they are. Torchao's.
-    """
-    if optim != STOCHASTIC:
-        return {}
-    from torchao.optim import AdamW8bit  # optional
-
-    betas = (args.adam_beta1, args.adam_beta2)
-    kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "bf16_stochastic_round": True}
-    return {"optimizer_cls_and_kwargs": (AdamW8bit, kwargs)}
-
-
-def _check_stochastic(engine: Engine) -> None:
-    """Raise BadInput where `stochastic` can't be: each process would round its copy of the weights differently."""
-    if engine.name != "ddp" or utils.world_size() > 1 or not engine.bf16:
-        raise BadInput(
-            f"optim={STOCHASTIC} trains bf16 weights on one process: take engine=ddp precision=bf16 and no torchrun"
-        )
-    if not is_torchao_available():
-        raise BadInput(f"optim={STOCHASTIC} needs the torchao package: pip install torchao")
-
-
-def best_optim(engine: Engine) -> str:
-    """What `optim=auto` means: AdamW whose states can leave a full GPU, else torch's own in one kernel."""
-    paged = engine.name == "ddp" and torch.cuda.is_available() and is_bitsandbytes_available()
-    return "paged_adamw_32bit" if paged else "adamw_torch_fused"
-
-
-def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> None:
-    """Try what the Trainer will do once the model is loaded: find the optimiser's class, make the reporters."""
-    try:
-        for reporter in get_reporting_integration_callbacks(args.report_to):
-            reporter()
-    except Exception as error:  # ValueError, RuntimeError or ImportError, by the integration
-        raise BadInput(f"report_to={report_to}: {error}") from None
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # some optimisers ask for a model, any
-    except Exception as error:
-        raise BadInput(f"optim={optim}: {error}") from None
-
-
-MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0
-
-
-def _steps(samples: int, per_process: int) -> int:
-    """Optimiser steps in an epoch, the last one perhaps over fewer samples."""
-    return -(-samples // (per_process * utils.world_size()))
-
-
-def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> str:
-    """The line that refuses such a run, with the batch size that would work."""
-    said = (
-        f"batch_size={batch_size}: {samples} rows, gradient_accumulation_steps={accumulation}, {utils.world_size()} "
-        f"processes and num_epochs={num_epochs} make fewer than {MOVING} steps with a learning rate above 0"
-    )
-    for cut in (accumulation, 1):
-        for size in range(batch_size, 0, -1):
-            if _steps(samples, size * cut) * num_epochs > MOVING:
-                return f"{said}: take batch_size={size}" + (
-                    " gradient_accumulation_steps=1" if cut < accumulation else ""
-                )
-    return f"{said}: take num_epochs={-(-(MOVING + 1) // _steps(samples, 1))}"
-
-
-def weights_type(engine: Engine, lora: Any, optim: str) -> torch.dtype:
-    """Float32 masters where all weights train, unless the optimiser rounds by chance; else as the run computes."""
-    return torch.bfloat16 if engine.bf16 and (lora.r or optim == STOCHASTIC) else torch.float32
 
 
 def check_trainable(cfg: Any, family: Any, path: str, engine: Engine) -> str | None:
@@ -486,73 +416,9 @@ def load_model(path: str, engine: Engine, lora: Any, attention: str | None, opti
     model = models.load(
         path,
         attention=attention,
-        dtype=weights_type(engine, lora, optim),
+        dtype=optimisation.weights_type(engine, lora, optim),
         shard=engine.name == "fsdp",
         bf16_compute=engine.bf16,
         quantize=lora.quantize,
     )
     return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
-
-
-def compared(data: TrainingSet, terms: list[Term], num_epochs: int) -> list[Sample]:
-    """Every sequence whose log-probability under the starting model a run needs, shortest first.
-
-    Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.
-    """
-    parts = {ref.removeprefix("ref_") for term in terms for ref, kind in term.contract.refs.items() if kind == "logp"}
-    slots = [Slot(epoch, place, 1.0) for epoch in range(num_epochs) for place in range(len(data))]
-    return sorted({data[slot][0][part] for slot in slots for part in parts}, key=lambda s: (len(s.input_ids), s))
-
-
-@torch.no_grad()
-def reference_logps(
-    model: torch.nn.Module, samples: Sequence[Sample], batch_size: int, sharded: bool
-) -> dict[Sample, float]:
-    """The starting model's log-probability of every sequence that a run compares with it, so that it can go.
-
-    Args:
-        model: the starting model, frozen and in place.
-        samples: `compared`.
-        batch_size: sequences in one forward.
-        sharded: whether the ranks share one model.
-
-    Returns:
-        Sample -> nats, on every rank.
-    """
-    batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
-    found = {}
-    for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
-        inputs = evaluate_util.to_device(collate({"forget": batch}), model.device)
-        logps = losses.sequence_logp(models.score(model, inputs)["forget"])
-        found.update(zip(batch, logps.tolist(), strict=True))
-    return evaluate_util.merge(found)
-
-
-def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **settings: Any) -> dict[str, Any]:
-    """What reference log-probabilities are a function of.
-
-    Args:
-        model: the identity of the starting model (`models.identity`).
-        settings: how it is loaded: type of the weights, four bits, attention.
-    """
-    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
-    return {"model": model, "samples": digest, "engine": engine.name, "bf16": engine.bf16, **settings, "version": 1}
-
-
-def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
-    """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
-    found, path = [None], folder / utils.REFERENCE
-    if utils.rank() == 0 and path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        found = [known["logps"] if known["made_from"] == made_from else None]
-        log.info("%s: %s", path, "used again" if found[0] else "made anew, for it was made from something else")
-    found = broadcast_object_list(found)[0]
-    return None if found is None else dict(zip(samples, found, strict=True))
-
-
-def write_logps(
-    folder: Path, samples: Sequence[Sample], logps: Mapping[Sample, float], made_from: Mapping[str, Any]
-) -> None:
-    """Keep them for a later run in this folder. Rank 0 only."""
-    if utils.rank() == 0:
-        utils.write_json(folder / utils.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})

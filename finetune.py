@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 import data_module
 import dataloader
 import models
+import optimisation
 import schema
 import utils
 
@@ -25,12 +26,12 @@ def main(cfg: DictConfig) -> None:
     data = data_module.TrainingSet(tokenizer, family, cfg.max_length, cfg.seed, retain=rows)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     attention = dataloader.check_trainable(cfg, family, path, engine)
-    args = dataloader.arguments(
+    args = optimisation.arguments(
         cfg.save_dir,
         samples=len(data),
         engine=engine,
         gradient_checkpointing=family.gradient_checkpointing,
-        **{key: cfg[key] for key in dataloader.ARGUMENTS},
+        **{key: cfg[key] for key in optimisation.ARGUMENTS},
     )
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
@@ -40,7 +41,7 @@ def main(cfg: DictConfig) -> None:
         train_dataset=data,
         terms=dataloader.FINETUNE,
         packing=cfg.packing,
-        **dataloader.stochastic(cfg.optim, args),
+        **optimisation.stochastic(cfg.optim, args),
     )
     trained = dataloader.fit(trainer)
     models.save(trainer.model, tokenizer, out, bf16=engine.bf16)

@@ -5,22 +5,22 @@ torchrun --nproc_per_node=2 forget.py --config-name=forget.yaml split=forget10 b
 python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05,forget10 model_family=phi
 """
 
-import gc
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import data_module
 import dataloader
 import evaluate_util
 import models
+import optimisation
+import references
 import schema
 import utils
+from utils import BadInput
 
 
 @schema.entry("forget", after=models.release)
@@ -43,31 +43,35 @@ def main(cfg: DictConfig) -> None:
         out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
         model = models.load_frozen(path, engine)
         return utils.finish_run(out, evaluator(model, out / "checkpoint-0", engine.sharded))
-    args = dataloader.arguments(
+    if cfg.log_gradient_norms and engine.name != "ddp":
+        raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {engine.name}")
+    args = optimisation.arguments(
         cfg.save_dir,
         samples=len(data),
         engine=engine,
         gradient_checkpointing=family.gradient_checkpointing,
-        **{key: cfg[key] for key in dataloader.ARGUMENTS},
+        **{key: cfg[key] for key in optimisation.ARGUMENTS},
     )
 
     needs = dataloader.references(terms)
     keep = (utils.REFERENCE,) if "logp" in needs else ()
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,), keep=keep)
-    trained_in = dataloader.weights_type(engine, cfg.LoRA, cfg.optim)
+    trained_in = optimisation.weights_type(engine, cfg.LoRA, cfg.optim)
     loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
     load_frozen = partial(models.load_frozen, path, engine, **loading)
     # with LoRA the live one is the model itself, adapters off: there is never a second copy that nothing needs
     frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
     logps = None
     if "logp" in needs:
-        samples, identity = dataloader.compared(data, terms, cfg.num_epochs), ""
+        samples, identity = references.compared(data, terms, cfg.num_epochs), ""
         if utils.rank() == 0:
             identity = models.identity(path)
-        made_from = dataloader.logps_fingerprint(samples, identity, engine, **{k: str(v) for k, v in loading.items()})
+        made_from = references.logps_fingerprint(samples, identity, engine, **{k: str(v) for k, v in loading.items()})
         starting = load_frozen if frozen is None else lambda: frozen
-        logps = starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
+        logps = references.starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
+    steering = steer(out, model, cfg) if any(term.contract.states for term in terms) else {}
+    dual = dataloader.dual_of(cfg.forget_loss, args.warmup_steps)
     trainer = dataloader.TofuTrainer(
         model=model,
         args=args,
@@ -76,54 +80,50 @@ def main(cfg: DictConfig) -> None:
         reference=frozen,
         logps=logps,
         packing=cfg.packing,
-        **dataloader.stochastic(cfg.optim, args),
+        dual=dual,
+        gradient_norms=cfg.log_gradient_norms,
+        **steering,
+        **optimisation.stochastic(cfg.optim, args),
     )
     if evaluator is not None:
         at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731
         trainer.add_callback(dataloader.EachEpoch(at_step))
     trained = dataloader.fit(trainer)
+    if dual is not None:
+        trained["dual"] = dual.value
     if cfg.save_model:
-        models.save(trainer.model, tokenizer, out, bf16=engine.bf16)
+        away = {"start": path, "alpha": cfg.forget_loss.negate} if "negate" in cfg.forget_loss else None
+        models.save(trainer.model, tokenizer, out, bf16=engine.bf16, away=away)
     scores = evaluator.scores if evaluator is not None else {}
     utils.finish_run(out, {**trained, **scores})
 
 
-def starting_logps(
-    out: Path,
-    samples: list[data_module.Sample],
-    made_from: dict[str, Any],
-    load: Callable[[], torch.nn.Module],
-    batch_size: int,
-    sharded: bool,
-) -> dict[data_module.Sample, float]:
-    """The starting model's log-probabilities of what a run compares with it: the folder's, or computed into it.
-
-    Args:
-        load: gives the starting model; it is called, and kept for the while, only where it is needed.
-    """
-    logps = dataloader.read_logps(out, samples, made_from)
-    if logps is None:
-        model = load()
-        logps = dataloader.reference_logps(model, samples, batch_size, sharded)
-        dataloader.write_logps(out, samples, logps, made_from)
-        del model
-        gc.collect()  # hooks and wrappers of it are cycles: it must be gone before the model to train is loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return logps
+def steer(out: Path, model: PreTrainedModel, cfg: DictConfig) -> dict[str, Any]:
+    """For terms on hidden states: freeze all but the method's layers, and draw the control vector and keep it."""
+    config = model.config.get_text_config()
+    block = models.block_at(config, cfg.forget_loss.depth)
+    models.train_only(model, block, cfg.forget_loss.blocks)
+    control = models.control_vector(config.hidden_size, cfg.seed)
+    if utils.rank() == 0:
+        utils.write_json(out / utils.CONTROL, {"block": block, "vector": control.tolist()})
+    return {"block": block, "control_vector": control}
 
 
 def training_set(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, parts: list[str]) -> data_module.TrainingSet:
     """The forget rows with what else the objective's parts ask for."""
     columns = ("question", "answer")
+    forget, alternates = data_module.load_rows(cfg.data_path, cfg.split, columns), None
+    if "alternates" in cfg.forget_loss:
+        forget, alternates = data_module.load_alternates(cfg.forget_loss.alternates, forget)
     return data_module.TrainingSet(
         tokenizer,
         schema.family(cfg.model_family),
         cfg.max_length,
         cfg.seed,
-        forget=data_module.load_rows(cfg.data_path, cfg.split, columns),
+        forget=forget,
         retain=data_module.load_rows(cfg.data_path, cfg.retain_split, columns) if "retain" in parts else None,
-        refusals=data_module.load_refusals() if "idk" in parts else None,
+        refusals=data_module.load_refusals() if "idk" in parts and alternates is None else None,
+        alternates=alternates,
     )
 
 

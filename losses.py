@@ -1,13 +1,15 @@
 """The objectives: pure functions from named views of a batch to terms, one a token or one a sequence.
 
-What a function needs is its signature. Positional names are parts of the batch (`forget`, `idk`, `retain`) and
-references to the frozen starting model: `ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored`
-its own view of the same positions. Keyword-only names are hyper-parameters; their numbers live in config/forget_loss/.
+What a function needs is its signature. Positional names are parts of the batch (`forget`, `idk`, `retain`), references
+to the frozen starting model (`ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored` its own view
+of the same positions), and `control: Tensor`, a run's unit vector in the space of hidden states. Keyword-only names are
+hyper-parameters; their numbers live in config/forget_loss/ (`skip`: no term for so many tokens at each answer's start).
 The return annotation says what the terms are, and the objective is their mean over the global batch.
 """
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -24,6 +26,13 @@ class Scored(NamedTuple):
     sample: Tensor  # (N,) which sample each position belongs to, 0..B-1, in any order; every sample has one at least
 
 
+class States(NamedTuple):
+    """What one block of a model hands on where it reads the answers of B samples, end tokens too."""
+
+    states: Tensor  # (N, hidden) float32
+    sample: Tensor  # (N,) as of `Scored`
+
+
 Attended = Annotated[Scored, "attended"]  # every position read, prompt too; a plain Scored: answer and end token only
 PerToken = Annotated[Tensor, "token"]  # (N,) terms, in the order of the views in the signature
 PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms
@@ -32,13 +41,20 @@ PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms
 class Contract(NamedTuple):
     """What a loss's signature asks for."""
 
-    parts: dict[str, str]  # part of the batch -> "completion" or "attended", in the signature's order
-    refs: dict[str, str]  # reference -> "logp", "completion" or "attended"
+    parts: dict[str, str]  # part of the batch -> "completion", "attended" or "states", in the signature's order
+    refs: dict[str, str]  # reference -> "logp", "completion", "attended" or "states"
     args: tuple[str, ...]  # hyper-parameters
     unit: str  # "token" or "sequence"
+    control: bool = False  # whether it takes the control vector
+
+    @property
+    def states(self) -> bool:
+        """Whether it looks at hidden states."""
+        return "states" in self.parts.values()
 
 
 PARTS = ("forget", "idk", "retain")
+VIEWS = {Scored: "completion", Attended: "attended", States: "states"}
 
 
 @functools.cache
@@ -49,12 +65,14 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
         TypeError: a positional name that is no part or reference, or has no view; a default; or no unit.
     """
     hints = get_type_hints(loss, include_extras=True)
-    parts, refs, args = {}, {}, []
+    parts, refs, args, control = {}, {}, [], False
     for name, parameter in inspect.signature(loss).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             if parameter.default is not parameter.empty:
                 raise TypeError(f"{loss.__name__}: {name} has a default; its number belongs in config/forget_loss/")
             args.append(name)
+        elif name == "control":
+            control = True
         elif name in PARTS:
             parts[name] = _view(loss, name, hints.get(name))
         elif name.removeprefix("ref_") in PARTS:
@@ -64,13 +82,13 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
     unit = get_args(hints.get("return"))[-1] if get_origin(hints.get("return")) is Annotated else None
     if unit not in ("token", "sequence"):
         raise TypeError(f"{loss.__name__}: annotate what it returns as PerToken or PerSequence")
-    return Contract(parts, refs, tuple(args), unit)
+    return Contract(parts, refs, tuple(args), unit, control)
 
 
 def _view(loss: Callable[..., Tensor], name: str, hint: Any) -> str:
-    if hint not in (Scored, Attended):
-        raise TypeError(f"{loss.__name__}: annotate {name} as Scored (completion positions) or Attended (all)")
-    return "attended" if hint == Attended else "completion"
+    if hint not in VIEWS:
+        raise TypeError(f"{loss.__name__}: annotate {name} as Scored (completion positions), Attended (all) or States")
+    return VIEWS[hint]
 
 
 def token_nll(view: Scored) -> Tensor:
@@ -83,6 +101,22 @@ def sequence_logp(view: Scored) -> Tensor:
     nll = token_nll(view)
     sums = nll.new_zeros(int(view.sample.max()) + 1)
     return -sums.index_add(0, view.sample, nll)
+
+
+def sample_mean(values: Tensor, sample: Tensor) -> Tensor:
+    """(B,) the mean of each sample's values (N,)."""
+    sums = values.new_zeros(int(sample.max()) + 1).index_add(0, sample, values)
+    return sums / torch.bincount(sample)
+
+
+def later(sample: Tensor, skip: int) -> Tensor:
+    """(N,) bool: the positions but for the first `skip` of each sample, whose positions stand in their order."""
+    order = torch.argsort(sample, stable=True)
+    counts = torch.bincount(sample)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    place = torch.empty_like(sample)
+    place[order] = torch.arange(len(sample), device=sample.device) - starts
+    return place >= skip
 
 
 def grad_ascent(forget: Scored) -> PerToken:
@@ -129,6 +163,144 @@ def dpo(
     return -(2 / beta if scale is None else scale) * F.logsigmoid(beta * (win - lose))
 
 
+def npo(forget: Scored, ref_forget: Tensor, *, beta: float) -> PerSequence:
+    """Negative preference optimisation: push answers below the starting model, with a pull that fades as they fall.
+
+        loss_b = -(2 / beta) * log sigmoid(-beta * (logp_b - ref_b))
+
+    Args:
+        ref_forget: (B,) the starting model's sequence log-probabilities, nats.
+        beta: inverse temperature, > 0; as it tends to 0 the gradient tends to that of the mean of `logp_b`.
+
+    Returns:
+        (B,) nats, >= 0; each 2 * log(2) / beta at the first step, where both models agree.
+
+    Source: Zhang et al. 2024, arXiv 2404.05868. Sums over tokens, as the authors' code; `simnpo` divides by length.
+    """
+    return -(2 / beta) * F.logsigmoid(-beta * (sequence_logp(forget) - ref_forget))
+
+
+def simnpo(forget: Scored, *, beta: float, margin: float) -> PerSequence:
+    """NPO without a reference: the mean log-probability of an answer's tokens below a margin.
+
+        loss_b = -(2 / beta) * log sigmoid(-beta * (logp_b / n_b + margin))
+
+    Args:
+        beta: sharpness, > 0, a nat^-1.
+        margin: nats a token, inside beta as in the authors' code (`delta` in OpenUnlearning); the paper's gamma is
+            beta * margin.
+
+    Source: Fan et al. 2024, arXiv 2410.07163; n_b counts the end token.
+    """
+    mean_nll = sample_mean(token_nll(forget), forget.sample)
+    return -(2 / beta) * F.logsigmoid(beta * (mean_nll - margin))
+
+
+def rmu(forget: States, control: Tensor, *, c: float) -> PerSequence:
+    """Steer the hidden states of the forget answers towards a fixed random direction.
+
+        loss_b = mean over the answer's tokens of mean_d (h - c * control)^2
+
+    Args:
+        control: (hidden,) a unit vector, drawn once for the run.
+        c: its length.
+
+    Source: Li et al. 2024 (WMDP), arXiv 2403.03218. The paper sums over d; the public codes take the mean.
+    """
+    return sample_mean((forget.states - c * control).square().mean(-1), forget.sample)
+
+
+def undial(forget: Scored, ref_forget: Scored, *, beta: float) -> PerToken:
+    """Learn the starting model's own distribution, the true token's logit lowered by `beta`: soft cross entropy.
+
+    Returns:
+        (N,) nats; least where both agree, at the target's entropy.
+
+    Source: Dong et al. 2024, arXiv 2402.10052, at answer tokens (the authors train on plain text, all its tokens).
+    """
+    lowered = ref_forget.logits - beta * F.one_hot(forget.labels, forget.logits.shape[-1])
+    return -(F.softmax(lowered, -1) * F.log_softmax(forget.logits, -1)).sum(-1)
+
+
+def wga(forget: Scored, *, beta: float) -> PerToken:
+    """Weighted gradient ascent: each token weighed by its own probability to the power `beta`, which takes no gradient.
+
+    Source: Wang et al. 2025, arXiv 2502.19301.
+    """
+    nll = token_nll(forget)
+    return -(-beta * nll).exp().detach() * nll
+
+
+def tnpo(forget: Scored, ref_forget: Scored, *, beta: float) -> PerToken:
+    """Token-wise NPO: gradient ascent weighed by 2 p^beta / (p^beta + p_ref^beta + 1e-5), which takes no gradient.
+
+    Source: Wang et al. 2025, arXiv 2502.19301, who take beta 4.
+    """
+    nll = token_nll(forget)
+    power, ref_power = (-beta * nll).exp(), (-beta * token_nll(ref_forget)).exp()
+    return -(2 * power / (power + ref_power + 1e-5)).detach() * nll
+
+
+def satimp(forget: Scored, *, beta1: float, beta2: float) -> PerToken:
+    """Gradient ascent, each token weighed by p^beta1 (1 - p)^beta2, which takes no gradient.
+
+    Args:
+        beta1: weighs down what is forgotten already (saturation).
+        beta2: weighs down what is still certain (importance).
+
+    Source: Yang et al. 2025, arXiv 2505.11953.
+    """
+    nll = token_nll(forget)
+    p = (-nll).exp()
+    return -(p**beta1 * (1 - p).clamp(min=0) ** beta2).detach() * nll
+
+
+def ceu(forget: Scored, *, skip: int) -> PerToken:
+    """Learn the model's own distribution without the true token: cross entropy with q = softmax(z, true one at -inf).
+
+    Args:
+        skip: tokens at the start of each answer that are left out; the terms are of the others.
+
+    Returns:
+        (N - those left out,) nats.
+
+    Source: Yang 2025, arXiv 2503.01224; a footnote there leaves out the first token. `q` takes no gradient.
+    """
+    kept = later(forget.sample, skip)
+    logits, labels = forget.logits[kept], forget.labels[kept]
+    true = F.one_hot(labels, logits.shape[-1]).bool()
+    q = F.softmax(logits.detach().masked_fill(true, -torch.inf), -1)
+    return -(q * F.log_softmax(logits, -1)).sum(-1)
+
+
+def pdu(forget: Scored) -> PerToken:
+    """Flatten the logits: (max - mean over the vocabulary)^2 a token. Its retain term is a constraint (`epsilon`).
+
+    Source: Entesari et al. 2025, arXiv 2506.05314; at the positions that predict the answer.
+    """
+    return (forget.logits.amax(-1) - forget.logits.mean(-1)).square()
+
+
+def max_entropy(forget: Scored) -> PerToken:
+    """Towards the uniform distribution: KL(uniform, p) a token, nats.
+
+    Source: Yuan et al. 2024 (ME+GD), arXiv 2410.08109, as their code has the direction.
+    """
+    logp = F.log_softmax(forget.logits, -1)
+    return -math.log(logp.shape[-1]) - logp.mean(-1)
+
+
+def max_entropy_reverse(forget: Scored) -> PerToken:
+    """`max_entropy` in the other direction: KL(p, uniform) a token, nats; log V minus the entropy."""
+    logp = F.log_softmax(forget.logits, -1)
+    return math.log(logp.shape[-1]) + (logp.exp() * logp).sum(-1)
+
+
+def learn(forget: Scored) -> PerToken:
+    """Finetune on the forget answers: nll a token. What a task vector is made of (Ilharco et al., arXiv 2212.04089)."""
+    return token_nll(forget)
+
+
 def nll(retain: Scored) -> PerToken:
     """Cross entropy of the retain answers, one term a token. Source: TOFU's "gradient difference", arXiv 2401.06121."""
     return token_nll(retain)
@@ -147,11 +319,25 @@ def kl_completion(retain: Scored, ref_retain: Scored) -> PerToken:
     return _forward_kl(retain, ref_retain)
 
 
+def embed_diff(retain: States, ref_retain: States) -> PerSequence:
+    """Stay near the starting model's hidden states of the retain answers: mean over tokens of mean_d (h - h_ref)^2.
+
+    Source: Li et al. 2024 (WMDP), arXiv 2403.03218, with `rmu`'s reductions.
+    """
+    return sample_mean((retain.states - ref_retain.states).square().mean(-1), retain.sample)
+
+
 def _forward_kl(current: Scored, reference: Scored) -> Tensor:
     """(N,) KL(reference, current), nats."""
     logp, ref_logp = F.log_softmax(current.logits, -1), F.log_softmax(reference.logits, -1)
     return F.kl_div(logp, ref_logp, reduction="none", log_target=True).sum(-1)
 
 
-FORGET = {f.__name__: f for f in (grad_ascent, idk, idk_nll, dpo)}
-RETAIN = {f.__name__: f for f in (nll, kl, kl_completion)}
+FORGET = {
+    f.__name__: f
+    for f in (
+        *(grad_ascent, idk, idk_nll, dpo, npo, simnpo, rmu, undial, wga, tnpo, satimp, ceu, pdu),
+        *(max_entropy, max_entropy_reverse, learn),
+    )
+}
+RETAIN = {f.__name__: f for f in (nll, kl, kl_completion, embed_diff)}

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
 import utils
-from losses import Scored
+from losses import Scored, States
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -346,8 +346,13 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward
 
 
 def score(
-    model: torch.nn.Module, batch: dict[str, Any], only: Collection[str] | None = None, *, headless: bool = False
-) -> dict[str, Scored]:
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    only: Collection[str] | None = None,
+    *,
+    headless: bool = False,
+    block: int | None = None,
+) -> dict[str, Scored | States]:
     """One forward over the samples of a batch, and what each part of it predicts at its scored positions.
 
     Args:
@@ -356,19 +361,28 @@ def score(
         only: the parts to read; None for all.
         headless: stop before the output head: the views hold its inputs, (N, hidden) as the model computes them, and
             `headed` makes logits of them.
+        block: the one whose output is the view of the batch's `states` parts. No block above it is run if no logits
+            are asked for (in GPT-NeoX and StableLM they are).
 
     Returns:
-        One view a part, logits in float32 whatever the model computes in.
+        One view a part, logits and states in float32 whatever the model computes in.
     """
     number = {name: k for k, name in enumerate(batch["parts"]) if only is None or name in only}
     wanted = torch.isin(batch["part"], torch.tensor(list(number.values()), device=batch["part"].device))
-    rows = wanted.any(1)
+    rows, states = wanted.any(1), batch["states"]
     batch = {name: batch[name][rows] for name in (*INPUTS, "targets", "part", "sample") if name in batch} | {
         "keep": (batch["keep"] & wanted)[rows]
     }
+    stated = {name: number.pop(name) for name in states if name in number}
     keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
+    at = {name: keep & (batch["part"] == k) for name, k in stated.items()}
+    for positions in at.values():
+        keep = keep & ~positions
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    with _headless(model) if headless else contextlib.nullcontext():
+    with (
+        _headless(model) if headless else contextlib.nullcontext(),
+        _watched(model, block, not number) if stated else contextlib.nullcontext() as outputs,
+    ):
         # a cache would make packed samples see each other
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     logits = logits if headless else logits.float()
@@ -378,7 +392,68 @@ def score(
         its = slice(start, start + int((part == k).sum()))
         views[name] = Scored(logits[its], labels[its], sample[its])
         start = its.stop
+    for name, positions in at.items():
+        views[name] = States(outputs[0][positions].float(), batch["sample"][positions])
     return views
+
+
+@contextmanager
+def _watched(model: torch.nn.Module, block: int, to_there: bool) -> Iterator[list[torch.Tensor]]:
+    """What a block hands on in the forward inside: (R, T, hidden), the list's one entry.
+
+    Args:
+        to_there: leave out the blocks above.
+    """
+    outputs: list[torch.Tensor] = []
+    config = _whole(model).config
+    note = lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+    handle, count = blocks_of(model)[block].register_forward_hook(note), config.num_hidden_layers
+    if to_there:
+        config.num_hidden_layers = block + 1
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+        config.num_hidden_layers = count
+
+
+def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """A model's decoder blocks, the first one first.
+
+    Raises:
+        BadInput: a model that keeps them elsewhere than all families of model_config.yaml do.
+    """
+    whole = _whole(model)
+    found = getattr(whole.base_model, "layers", None)
+    if found is None:
+        raise BadInput(f"rmu: it is not known where {whole.config.model_type} keeps its blocks")
+    return found
+
+
+def block_at(config: PretrainedConfig, depth: float) -> int:
+    """The block (from 0) at a share of the depth: 0.5 is the 8th of 16."""
+    return max(1, round(depth * config.num_hidden_layers)) - 1
+
+
+def train_only(model: torch.nn.Module, block: int, count: int) -> None:
+    """Freeze everything but the MLP output projections of `block` and of the blocks below it, `count` in all.
+
+    The projection is an MLP's last linear layer, whatever a family calls it; of a model with adapters, its adapter.
+    """
+    adapted = isinstance(model, PeftModel)
+    trained = set()
+    for one in blocks_of(model)[max(0, block + 1 - count) : block + 1]:
+        linear = [module for module in one.mlp.modules() if hasattr(module, "out_features")]
+        outer = [module for module in linear if not adapted or hasattr(module, "lora_A")]
+        trained |= {id(parameter) for parameter in outer[-1].parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def control_vector(hidden: int, seed: int) -> torch.Tensor:
+    """(hidden,) rmu's direction: drawn uniformly from [0, 1)^hidden and of length 1; the same on every rank."""
+    drawn = torch.rand(hidden, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
 
 
 def _whole(model: torch.nn.Module) -> PreTrainedModel:
@@ -445,6 +520,7 @@ def save(
     folder: str | Path,
     *,
     bf16: bool,
+    away: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the model whole, adapters merged, in one folder that `from_pretrained` loads; every rank must call this.
 
@@ -456,6 +532,8 @@ def save(
         tokenizer: goes into the same folder.
         folder: the run's folder; files appear in it whole.
         bf16: save the weights in bf16, the precision that they were used in; else in float32.
+        away: {"start", "alpha"}: save start - alpha * (model - start) instead, computed in float32; the model in the
+            folder `start` is where the training began. A task vector's negation, Ilharco et al., arXiv 2212.04089.
     """
     peft = model if isinstance(model, PeftModel) else None
     quantized = peft is not None and getattr(peft.get_base_model(), "is_quantized", False)
@@ -465,7 +543,9 @@ def save(
     if quantized:  # adapters are merged into the weights that the four bits were made from, so these differ a little
         whole = get_peft_model(load(peft.get_base_model().name_or_path), peft.peft_config["default"])
         set_peft_model_state_dict(whole, get_peft_model_state_dict(peft))
-        merged = whole.merge_and_unload().to(torch.bfloat16 if bf16 else torch.float32)
+        merged = whole.merge_and_unload()
+        _negate(merged, away)
+        merged = merged.to(torch.bfloat16 if bf16 else torch.float32)
         return _write(merged, tokenizer, Path(folder))
     config = copy.deepcopy((peft.get_base_model() if peft else model).config)
     if hasattr(config, "distributed_config"):  # FSDP's: with it save_pretrained waits for ranks that are not here
@@ -481,11 +561,29 @@ def save(
         raise RuntimeError(f"parameters that the trained model did not give: {missing[:5]}")
     if peft is not None:
         shell = shell.merge_and_unload()
+    _negate(shell, away)
     shell = shell.to(torch.bfloat16 if bf16 else torch.float32)
     shell.generation_config = generation_config
     if generation_config is not None and (generation_config.temperature or generation_config.top_p):
         shell.generation_config.do_sample = True  # Llama-2's file has a temperature without it, which can't be saved
     _write(shell, tokenizer, Path(folder))
+
+
+@torch.no_grad()
+def _negate(model: PreTrainedModel, away: Mapping[str, Any] | None) -> None:
+    """Put each weight as far from the start on its other side, `alpha` times; tied weights once."""
+    if away is None:
+        return
+    start = dict(load(away["start"]).named_parameters())
+    if (found := {name: p.shape for name, p in model.named_parameters()}) != {n: p.shape for n, p in start.items()}:
+        raise RuntimeError(f"other parameters than the starting model's: {sorted(set(found) ^ set(start))[:5]}")
+    for name, parameter in model.named_parameters():
+        parameter.data = task_negated(start[name].float(), parameter.float(), away["alpha"])
+
+
+def task_negated(start: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> torch.Tensor:
+    """start - alpha * (finetuned - start). Source: Ilharco et al. 2022, arXiv 2212.04089."""
+    return start - alpha * (finetuned - start)
 
 
 def _gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:

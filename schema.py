@@ -38,7 +38,7 @@ ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
-STOCHASTIC = "adamw_8bit_stochastic"  # an optimiser beside transformers' own: `dataloader.stochastic`
+STOCHASTIC = "adamw_8bit_stochastic"  # an optimiser beside transformers' own: `optimisation.stochastic`
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 
 
@@ -97,6 +97,14 @@ class ForgetLoss:
     forget_weight: float = MISSING
     retain: str | None = None
     retain_weight: float = MISSING
+    alternates: str | None = None
+    by_split: dict[str, Any] | None = None
+    depth: float | None = None
+    blocks: int | None = None
+    epsilon: float | None = None
+    eta: float | None = None
+    dual_warmup_epochs: int | None = None
+    negate: float | None = None
     lr: float = MISSING
     num_epochs: int = MISSING
 
@@ -150,6 +158,7 @@ class Forget(Run):
     model_path: str | None = None
     retain_split: str | None = None
     forget_loss: ForgetLoss = field(default_factory=ForgetLoss)
+    log_gradient_norms: bool = MISSING
     save_model: bool = MISSING
     eval_while_train: bool = MISSING
     eval_only: bool = MISSING
@@ -192,7 +201,7 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
         plain = OmegaConf.to_container(cfg, resolve=True)
         _fit(kind, plain)
         typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
-        if missing := sorted(OmegaConf.missing_keys(typed)):
+        if missing := sorted(OmegaConf.missing_keys(typed) | OmegaConf.missing_keys(cfg)):
             raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
     except OmegaConfBaseException as error:
         raise BadInput(_told(error)) from None
@@ -328,6 +337,7 @@ def _check_forget(cfg: DictConfig) -> None:
         if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
             raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
     _at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
+    _check_method(cfg)
     if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
@@ -336,6 +346,65 @@ def _check_forget(cfg: DictConfig) -> None:
         cfg.eval.model_path = cfg.model_path
     _check_followers(cfg)
     _check_evaluate(cfg.eval, prefix="eval.")
+
+
+def _check_method(cfg: DictConfig) -> None:
+    """What a method's terms and its own keys ask of each other; keys that it does not have leave the config."""
+    method = cfg.forget_loss
+    for key in [key for key in OF_SOME if method[key] is None]:
+        del method[key]
+    terms = {"forget": losses.contract(losses.FORGET[method.forget])}
+    if method.retain is not None:
+        terms["retain"] = losses.contract(losses.RETAIN[method.retain])
+        for part, kind in terms["retain"].parts.items():
+            if terms["forget"].parts.get(part, kind) != kind:
+                raise BadInput(
+                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples too, at other "
+                    "positions: take forget_loss.retain=nll or null"
+                )
+    states = any(term.states for term in terms.values())
+    for keys, wanted, of in (
+        (("depth", "blocks"), states, "a term on hidden states, as of forget_loss=rmu,"),
+        (("epsilon", "eta", "dual_warmup_epochs"), "epsilon" in method, "a constraint, as of forget_loss=pdu,"),
+    ):
+        if wanted and (missing := [key for key in keys if key not in method]):
+            asked = " ".join(f"+forget_loss.{key}=..." for key in missing)
+            raise BadInput(f"forget_loss.{missing[0]} is missing: {of} needs {asked}")
+    if "epsilon" in method and method.retain is None:
+        raise BadInput("forget_loss.retain=null: the constraint forget_loss.epsilon is on a retain term: give one")
+    _at_least(cfg, 0, "forget_loss.depth", "forget_loss.eta", above=True)
+    _at_least(cfg, 0, "forget_loss.dual_warmup_epochs", "forget_loss.forget_args.skip")
+    _at_least(cfg, 1, "forget_loss.blocks")
+    if method.get("depth", 0) > 1:
+        raise BadInput(f"forget_loss.depth={method.depth}: it is a share of the blocks, at most 1")
+    if "alternates" in method and not os.path.isfile(utils.find(method.alternates)):
+        raise BadInput(
+            f"forget_loss.alternates={method.alternates}: no such file; scripts/make_alternates.py makes one of a split"
+        )
+    if "negate" in method and (cfg.eval_while_train or not cfg.save_model):
+        raise BadInput(
+            f"forget_loss={method.name} is what is saved, not what trains: take eval_while_train=false "
+            "save_model=true, and evaluate the saved model with evaluate_util.py"
+        )
+
+
+OF_SOME = ("alternates", "by_split", "depth", "blocks", "epsilon", "eta", "dual_warmup_epochs", "negate")
+ALIASES = {  # names that people type elsewhere -> what that code runs
+    **{"GradAscent": "grad_ascent", "GradDiff": "grad_diff", "NPO": "npo_grad_diff", "DPO": "dpo_grad_diff"},
+    **{"SimNPO": "simnpo_grad_diff", "RMU": "rmu", "UNDIAL": "undial", "AltPO": "altpo", "WGA": "wga_grad_diff"},
+    **{"SatImp": "satimp_grad_diff", "CEU": "ceu", "PDU": "pdu"},
+}
+
+
+def _renamed(argv: list[str]) -> list[str]:
+    """A command line with the names of ALIASES in forget_loss=... turned into our own."""
+    found = []
+    for arg in argv:
+        key, equal, value = arg.partition("=")
+        if key.lstrip("+") == "forget_loss" and equal:
+            arg = f"{key}={','.join(ALIASES.get(name, name) for name in value.split(','))}"
+        found.append(arg)
+    return found
 
 
 # what a run and its own evaluations have in common, because it is the model in memory that is evaluated
@@ -489,7 +558,8 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         @functools.wraps(task)
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-            argv, stderr, held, broken = sys.argv, sys.stderr, io.StringIO(), False
+            typed = sys.argv
+            argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), False
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
@@ -497,6 +567,8 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                 sys.argv = argv
                 with contextlib.redirect_stderr(stderr):
                     _log()
+                    if argv != typed:
+                        log.info("taken as: %s", " ".join(argv[1:]))
                     if HydraConfig.get().mode == RunMode.MULTIRUN:
                         log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
                     try:
@@ -530,7 +602,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                         _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
                     raise
                 finally:
-                    sys.argv = argv
+                    sys.argv = typed
                 if utils.rank() == 0:
                     sys.stderr.write(held.getvalue())
 

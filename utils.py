@@ -22,6 +22,7 @@ SHIPPED = ("config", "data/mini", "data/tiny")  # what the scripts make or git h
 PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
 REFERENCE = "reference_logps.json"  # the starting model's log-probabilities: a run that replaces this one may use them
+CONTROL = "control_vector.json"  # rmu's direction and block
 ASIDE = ".writing."  # begins the name of what is not whole yet
 RECORDED = (
     "torch",

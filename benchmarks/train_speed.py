@@ -38,6 +38,7 @@ from transformers.utils import logging as library_logging  # noqa: E402
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
 import models  # noqa: E402
+import references  # noqa: E402
 import schema  # noqa: E402
 import utils  # noqa: E402
 
@@ -184,8 +185,8 @@ class Job:
     def kept(self) -> dict:
         """Ours computes these once before a run; the run's own time has them in it once, not in every step."""
         if self.logps is None and "logp" in self.needs:
-            samples = dataloader.compared(self.data, self.terms, 1)
-            self.logps = dataloader.reference_logps(self.reference(), samples, self.batch_size, False)
+            samples = references.compared(self.data, self.terms, 1)
+            self.logps = references.reference_logps(self.reference(), samples, self.batch_size, False)
         return self.logps
 
     def run(self, kind: str, steps: int | None = WARM + STEPS) -> tuple[float, float]:

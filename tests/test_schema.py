@@ -261,7 +261,7 @@ class TestEntry:
         [
             (["lrr=3"], "lrr is no key of forget.yaml (did you mean lr?): there are forget_loss, eval, "),
             (["eval.dssize=3"], "(did you mean eval.ds_size"),
-            (["forget_loss=dpoo"], "forget_loss=dpoo is unknown (did you mean dpo?): it may be KL, dpo, "),
+            (["forget_loss=dpoo"], "forget_loss=dpoo is unknown (did you mean dpo?): it may be KL, altpo, "),
             (["forget_loss=dpoo", "--help"], "forget_loss=dpoo is unknown"),
             (["forget_loss.forget_args={beta: 1}"], "forget_loss.forget_args.beta is no key"),
             (["--config-name=forgets.yaml"], "--config-name=forgets is unknown (did you mean forget?): it may be "),

@@ -1,0 +1,174 @@
+"""How a run optimises: the Trainer's arguments out of a config's keys, and the optimisers, before a model is loaded."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
+
+import utils
+from models import Engine
+from schema import STOCHASTIC
+from utils import BadInput
+
+# the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are
+ARGUMENTS = (
+    *("batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
+    *("max_grad_norm", "optim", "seed", "report_to", "logging_steps", "liger_kernel", "torch_compile"),
+)
+
+
+def arguments(
+    save_dir: str | Path,
+    *,
+    samples: int,
+    engine: Engine,
+    gradient_checkpointing: bool,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    num_epochs: int,
+    lr: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    optim: str,
+    seed: int,
+    report_to: str,
+    logging_steps: int,
+    liger_kernel: bool,
+    torch_compile: bool,
+) -> TrainingArguments:
+    """The Trainer's arguments. Call it before the model is loaded: ZeRO-3 shards a model while it is read.
+
+    Args:
+        samples: rows in an epoch; sets the warm-up of one epoch.
+
+    Raises:
+        BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
+            an optimiser or a place to report to that transformers does not know, or whose package is not installed.
+    """
+    if samples < utils.world_size():
+        raise BadInput(f"{utils.world_size()} processes share {samples} rows: start at most {samples}")
+    per_epoch = _steps(samples, batch_size * gradient_accumulation_steps)
+    if per_epoch * num_epochs < MOVING + 1:
+        raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
+    choice_of_optim = sorted(name.value for name in OptimizerNames)
+    if optim == "auto":
+        optim = best_optim(engine)
+    elif optim == STOCHASTIC:
+        _check_stochastic(engine)
+        optim = "adamw_torch"  # for the arguments; the Trainer is given the other
+    elif optim not in choice_of_optim:
+        raise BadInput(f"optim={optim} is unknown: it may be auto, {STOCHASTIC}, {', '.join(choice_of_optim)}")
+    made = TrainingArguments(
+        output_dir=str(save_dir),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        num_train_epochs=num_epochs,
+        learning_rate=lr,
+        lr_scheduler_type="linear",
+        warmup_steps=per_epoch,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        optim=optim,
+        seed=seed,
+        report_to=report_to,
+        logging_steps=logging_steps,
+        logging_nan_inf_filter=False,  # on by default, it hides a loss that has become NaN
+        save_strategy="no",
+        bf16=engine.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
+        torch_compile=torch_compile,
+        use_liger_kernel=liger_kernel,
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
+        log_level="warning",
+        log_level_replica="error",
+        deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
+    )
+    if made.n_gpu > 1:  # python without torchrun: the Trainer would split each batch over all cards by itself
+        made._n_gpu = 1
+    _check_installed(made, optim, report_to)
+    return made
+
+
+LOADERS = 2  # processes that make a GPU's batches
+
+
+def stochastic(optim: str, args: TrainingArguments) -> dict[str, Any]:
+    """What the Trainer is given for `optim=adamw_8bit_stochastic`: 6 bytes a weight in all, and no update is lost.
+
+    AdamW with states in 8 bits over bf16 weights, whose updates are rounded up or down by chance, in proportion: at
+    lr 1e-5 rounding to the nearest leaves 84 % of the weights where they are. Torchao's.
+    """
+    if optim != STOCHASTIC:
+        return {}
+    from torchao.optim import AdamW8bit  # optional
+
+    betas = (args.adam_beta1, args.adam_beta2)
+    kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "bf16_stochastic_round": True}
+    return {"optimizer_cls_and_kwargs": (AdamW8bit, kwargs)}
+
+
+def _check_stochastic(engine: Engine) -> None:
+    """Raise BadInput where `stochastic` can't be: each process would round its copy of the weights differently."""
+    if engine.name != "ddp" or utils.world_size() > 1 or not engine.bf16:
+        raise BadInput(
+            f"optim={STOCHASTIC} trains bf16 weights on one process: take engine=ddp precision=bf16 and no torchrun"
+        )
+    if not is_torchao_available():
+        raise BadInput(f"optim={STOCHASTIC} needs the torchao package: pip install torchao")
+
+
+def best_optim(engine: Engine) -> str:
+    """What `optim=auto` means: AdamW whose states can leave a full GPU, else torch's own in one kernel."""
+    paged = engine.name == "ddp" and torch.cuda.is_available() and is_bitsandbytes_available()
+    return "paged_adamw_32bit" if paged else "adamw_torch_fused"
+
+
+def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> None:
+    """Try what the Trainer will do once the model is loaded: find the optimiser's class, make the reporters."""
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+    except Exception as error:  # ValueError, RuntimeError or ImportError, by the integration
+        raise BadInput(f"report_to={report_to}: {error}") from None
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # some optimisers ask for a model, any
+    except Exception as error:
+        raise BadInput(f"optim={optim}: {error}") from None
+
+
+MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0
+
+
+def _steps(samples: int, per_process: int) -> int:
+    """Optimiser steps in an epoch, the last one perhaps over fewer samples."""
+    return -(-samples // (per_process * utils.world_size()))
+
+
+def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> str:
+    """The line that refuses such a run, with the batch size that would work."""
+    said = (
+        f"batch_size={batch_size}: {samples} rows, gradient_accumulation_steps={accumulation}, {utils.world_size()} "
+        f"processes and num_epochs={num_epochs} make fewer than {MOVING} steps with a learning rate above 0"
+    )
+    for cut in (accumulation, 1):
+        for size in range(batch_size, 0, -1):
+            if _steps(samples, size * cut) * num_epochs > MOVING:
+                return f"{said}: take batch_size={size}" + (
+                    " gradient_accumulation_steps=1" if cut < accumulation else ""
+                )
+    return f"{said}: take num_epochs={-(-(MOVING + 1) // _steps(samples, 1))}"
+
+
+def weights_type(engine: Engine, lora: Any, optim: str) -> torch.dtype:
+    """Float32 masters where all weights train, unless the optimiser rounds by chance; else as the run computes."""
+    return torch.bfloat16 if engine.bf16 and (lora.r or optim == STOCHASTIC) else torch.float32

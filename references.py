@@ -1,0 +1,110 @@
+"""The starting model's log-probabilities of what a run compares with it: computed once, kept beside the run."""
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+import evaluate_util
+import losses
+import models
+import utils
+from data_module import Sample, Slot, TrainingSet, collate
+from models import Engine
+
+log = logging.getLogger(__name__)
+
+
+def compared(data: TrainingSet, terms: Sequence[Any], num_epochs: int) -> list[Sample]:
+    """Every sequence whose log-probability under the starting model a run needs, shortest first.
+
+    Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.
+    """
+    parts = {ref.removeprefix("ref_") for term in terms for ref, kind in term.contract.refs.items() if kind == "logp"}
+    slots = [Slot(epoch, place, 1.0) for epoch in range(num_epochs) for place in range(len(data))]
+    return sorted({data[slot][0][part] for slot in slots for part in parts}, key=lambda s: (len(s.input_ids), s))
+
+
+@torch.no_grad()
+def reference_logps(
+    model: torch.nn.Module, samples: Sequence[Sample], batch_size: int, sharded: bool
+) -> dict[Sample, float]:
+    """The starting model's log-probability of every sequence that a run compares with it, so that it can go.
+
+    Args:
+        model: the starting model, frozen and in place.
+        samples: `compared`.
+        batch_size: sequences in one forward.
+        sharded: whether the ranks share one model.
+
+    Returns:
+        Sample -> nats, on every rank.
+    """
+    batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
+    found = {}
+    for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
+        inputs = evaluate_util.to_device(collate({"forget": batch}), model.device)
+        logps = losses.sequence_logp(models.score(model, inputs)["forget"])
+        found.update(zip(batch, logps.tolist(), strict=True))
+    return evaluate_util.merge(found)
+
+
+def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **settings: Any) -> dict[str, Any]:
+    """What reference log-probabilities are a function of.
+
+    Args:
+        model: the identity of the starting model (`models.identity`).
+        settings: how it is loaded: type of the weights, four bits, attention.
+    """
+    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+    return {"model": model, "samples": digest, "engine": engine.name, "bf16": engine.bf16, **settings, "version": 1}
+
+
+def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
+    """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
+    found, path = [None], folder / utils.REFERENCE
+    if utils.rank() == 0 and path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        found = [known["logps"] if known["made_from"] == made_from else None]
+        log.info("%s: %s", path, "used again" if found[0] else "made anew, for it was made from something else")
+    found = broadcast_object_list(found)[0]
+    return None if found is None else dict(zip(samples, found, strict=True))
+
+
+def write_logps(
+    folder: Path, samples: Sequence[Sample], logps: Mapping[Sample, float], made_from: Mapping[str, Any]
+) -> None:
+    """Keep them for a later run in this folder. Rank 0 only."""
+    if utils.rank() == 0:
+        utils.write_json(folder / utils.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})
+
+
+def starting_logps(
+    out: Path,
+    samples: list[Sample],
+    made_from: dict[str, Any],
+    load: Callable[[], torch.nn.Module],
+    batch_size: int,
+    sharded: bool,
+) -> dict[Sample, float]:
+    """The starting model's log-probabilities of what a run compares with it: the folder's, or computed into it.
+
+    Args:
+        load: gives the starting model; it is called, and kept for the while, only where it is needed.
+    """
+    logps = read_logps(out, samples, made_from)
+    if logps is None:
+        model = load()
+        logps = reference_logps(model, samples, batch_size, sharded)
+        write_logps(out, samples, logps, made_from)
+        del model
+        gc.collect()  # hooks and wrappers of it are cycles: it must be gone before the model to train is loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return logps
