@@ -28,7 +28,7 @@ def tell(script: str, how: str, lines: list[str], figures: dict[str, float], jso
         append: whether RESULTS.md gets an entry, with machine, versions and commit.
     """
     rows = [f"| {name} | {value:.2f} |" for name, value in figures.items()]
-    text = "\n".join([*lines, "", "| figure | ratio |", "| --- | ---: |", *rows])
+    text = "\n".join([*lines, *(["", "| figure | value |", "| --- | ---: |"] if rows else []), *rows])
     print(text)
     if append:
         about, cuda = utils.versions(), torch.cuda.is_available()

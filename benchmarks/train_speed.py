@@ -29,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from eval_speed import FAMILY, GOLDEN, SHARED  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from results import status, tell  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
@@ -157,14 +158,15 @@ class Job:
     """One of JOBS, set up once; `run` trains a few steps of it."""
 
     def __init__(self, name: str, size: str, rows: int | None = None) -> None:
-        method, self.batch_size, vocabulary = JOBS[name]
+        method, self.batch_size, vocabulary = JOBS.get(name, (name, 8, None))
         tokenizer = models.load_tokenizer(str(GOLDEN), None)
         load = lambda split: data_module.load_rows(str(SHARED / "tofu"), split, ("question", "answer"), rows)  # noqa: E731
         self.terms = dataloader.FINETUNE
         sets = {"retain": load("full")}
         if method != "finetune":
-            file = REPO / "config" / "forget_loss" / f"{method}.yaml"
-            self.terms = dataloader.objective(OmegaConf.load(file))
+            with initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
+                found = compose("forget", [f"forget_loss={method}", "split=forget10"]).forget_loss
+            self.terms = dataloader.objective(OmegaConf.create(OmegaConf.to_container(found, resolve=True)))
             parts = dataloader.parts_of(self.terms)
             sets = {"forget": load("forget10")}
             sets |= {"retain": load("retain90")} if "retain" in parts else {}
@@ -174,6 +176,12 @@ class Job:
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.second, self.logps, self.size = None, None, size
         self.needs = dataloader.references(self.terms)
+        self.steering = {}
+        if any(term.contract.states for term in self.terms):
+            block = models.block_at(self.model.config, found.depth)
+            models.train_only(self.model, block, found.blocks)
+            control = models.control_vector(self.model.config.hidden_size, 0)
+            self.steering = {"block": block, "control_vector": control}
 
     def reference(self) -> LlamaForCausalLM:
         """The second model."""
@@ -223,7 +231,7 @@ class Job:
             common = {"model": self.model, "args": args, "train_dataset": self.data, "terms": self.terms}
             if kind in ("ours", "compiled", "liger"):
                 live = self.reference() if "live" in self.needs else None
-                trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept())
+                trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept(), **self.steering)
             else:
                 trainer = Plain(**common, reference=self.reference() if self.needs else None)
                 trainer.width = WIDTHS[kind]
@@ -249,6 +257,19 @@ class Job:
                     tokens += len(sample.input_ids)
                     scored += sum(target != data_module.IGNORE for target in sample.targets)
         return 6 * (body * tokens + head * scored) / STEPS, tokens / STEPS
+
+
+def costs(size: str, repetitions: int) -> list[str]:
+    """A step of every method beside one of grad_diff with the same forget samples, interleaved: lines of a table."""
+    names = sorted(path.stem for path in (schema.CONFIG_DIR / "forget_loss").glob("*.yaml"))
+    jobs, took = {name: Job(name, size) for name in names}, {name: [] for name in names}
+    for number in range(repetitions):
+        for name, job in jobs.items():
+            took[name].append(job.run("ours")[0])
+        print(number + 1, {name: round(seconds[-1], 3) for name, seconds in took.items()}, flush=True)
+    medians = {name: statistics.median(seconds) for name, seconds in took.items()}
+    rows = [f"| {name} | {seconds:.3f} | {seconds / medians['grad_diff']:.2f} |" for name, seconds in medians.items()]
+    return ["| method | seconds a step | relative to grad_diff |", "| --- | ---: | ---: |", *rows]
 
 
 def with_option(kind: str, size: str) -> tuple[float, float, float]:
@@ -347,6 +368,7 @@ def main() -> None:
     parser.add_argument("--beside", nargs="+", choices=("compiled", "liger"), default=[], help="and with these options")
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
     parser.add_argument("--steps-only", action="store_true", help="no memory, no epochs of 80, 160 and 320 rows")
+    parser.add_argument("--methods", action="store_true", help="only: the cost of each method relative to grad_diff")
     parser.add_argument("--memory-of", choices=("A", "B", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--epoch-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -359,6 +381,9 @@ def main() -> None:
         return memory_of(args.memory_of, args.size)
     if args.epoch_of:
         return epoch_of(args.epoch_of, args.size)
+    if args.methods:
+        how = f"model {args.size}, 8 forget samples; median of {args.repetitions} repetitions of {STEPS} steps"
+        return tell("train_speed.py --methods", how, costs(args.size, args.repetitions), {}, None, not args.no_results)
     seconds, work, peaks = measure(args.size, args.repetitions, args.jobs)
     medians = {job: {kind: statistics.median(took) for kind, took in kinds.items()} for job, kinds in seconds.items()}
     memory, growth = {}, {}
