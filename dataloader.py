@@ -193,17 +193,19 @@ class TofuTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
         """(terms,) how many terms of each kind the step's global batch holds, fillers not counted; at least 1."""
-        counts = torch.zeros(len(self.terms) + 1, dtype=torch.float64)
+        counts = torch.zeros(len(self.terms) + 2, dtype=torch.float64)
         self._micro_batches = len(batch_samples)
         for batch in batch_samples:
             of = {name: batch["sample"][batch["keep"] & (batch["part"] == i)] for i, name in enumerate(batch["parts"])}
             for k, term in enumerate(self.terms):
                 counts[k] += float(weights_of(term, of, batch["weight"]).sum())
             read = batch["sample"][batch["sample"] >= 0]
-            counts[-1] += float(batch["weight"][read].sum())
-        counts = self.accelerator.reduce(counts.to(device), "sum")
-        self.tokens += float(counts[-1])
-        return counts[:-1].clamp(min=1)  # a term may skip all tokens of a step; its sum is 0
+            counts[-2] += float(batch["weight"][read].sum())
+            counts[-1] = max(float(counts[-1]), float(batch["keep"].sum()))
+        every = self.accelerator.gather(counts[None].to(device))
+        self.tokens += float(every[:, -2].sum())
+        self._largest = int(every[:, -1].max())
+        return every[:, :-2].sum(0).clamp(min=1)  # a term may skip all tokens of a step; its sum is 0
 
     def compute_loss(
         self,
@@ -271,9 +273,12 @@ class TofuTrainer(Trainer):
         return torch.stack(sums)
 
     def _pieces(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The places of a micro-batch's samples, in as many pieces as keep each piece's logits below LOGITS."""
+        """The places of a micro-batch's samples, in as many pieces as keep each piece's logits at about LOGITS.
+
+        As many on every rank: where the output head is sharded, ranks call it together.
+        """
         batch_size, config = len(inputs["weight"]), self.model.config.get_text_config()
-        size = int(inputs["keep"].sum()) * config.vocab_size if set(inputs["parts"]) - self.states else 0
+        size = self._largest * config.vocab_size if set(inputs["parts"]) - self.states else 0
         compiled = self.args.torch_compile  # its graph holds the head
         if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in models.PACKABLE:
             return [torch.arange(batch_size, device=inputs["weight"].device)]
@@ -358,6 +363,7 @@ class TofuTrainer(Trainer):
     _last_logged = 0
     _norms: dict[str, float] = {}
     _micro_batches = 1  # of the optimiser step at hand
+    _largest = 0  # scored positions in any rank's largest micro-batch of that step
 
 
 def fit(trainer: TofuTrainer) -> dict[str, float]:

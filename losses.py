@@ -10,7 +10,7 @@ The return annotation says what the terms are, and the objective is their mean o
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -333,11 +333,15 @@ def _forward_kl(current: Scored, reference: Scored) -> Tensor:
     return F.kl_div(logp, ref_logp, reduction="none", log_target=True).sum(-1)
 
 
-FORGET = {
-    f.__name__: f
-    for f in (
-        *(grad_ascent, idk, idk_nll, dpo, npo, simnpo, rmu, undial, wga, tnpo, satimp, ceu, pdu),
-        *(max_entropy, max_entropy_reverse, learn),
-    )
-}
-RETAIN = {f.__name__: f for f in (nll, kl, kl_completion, embed_diff)}
+def _losses() -> Iterator[Callable[..., Tensor]]:
+    """The functions above that say that they return terms."""
+    for function in list(globals().values()):
+        if inspect.isfunction(function) and not function.__name__.startswith("_"):
+            returned = get_type_hints(function, include_extras=True).get("return")
+            if returned in (PerToken, PerSequence):
+                yield function
+
+
+# a loss that reads the forget set, its questions at least, is a forget loss
+FORGET = {loss.__name__: loss for loss in _losses() if {"forget", "idk"} & set(contract(loss).parts)}
+RETAIN = {loss.__name__: loss for loss in _losses() if loss.__name__ not in FORGET}

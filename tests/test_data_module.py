@@ -1,5 +1,7 @@
 """Encoding, collation, and who trains on what when."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +191,36 @@ def test_rows_are_those_of_this_folder_now(tmp_path):
     for name, answer in (("a", "one"), ("b", "two"), ("b", "three")):
         folder = write_table(tmp_path / name / "data", mine=[{"question": "Q?", "answer": answer}])
         assert data_module.load_rows(str(folder), "mine", ("answer",)) == [{"answer": answer}]
+
+
+def test_states_are_kept_where_answers_are_read():
+    """The end token is read too, and what is kept is one place later than what is predicted; packed and padded."""
+    long, short = Sample((1, 3, 5, 6), (IGNORE, IGNORE, 6, 2), False), Sample((1, 7), (IGNORE, 2), False)
+    parts, states = {"forget": [long, short], "retain": [short, long]}, frozenset({"forget"})
+    padded = data_module.collate(parts, states=states)
+    assert padded["input_ids"].tolist() == [[1, 3, 5, 6, 2], [1, 7, 2, 0, 0], [1, 7, 0, 0, 0], [1, 3, 5, 6, 0]]
+    kept = [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]
+    assert padded["keep"].int().tolist() == kept and padded["states"] == ("forget",)
+    both = data_module.collate(parts, row=data_module.ONE_ROW, states=frozenset(parts))
+    assert both["input_ids"].tolist() == [[1, 3, 5, 6, 2, 1, 7, 2, 1, 3, 5, 6, 2, 1, 7, 2]]
+    assert both["keep"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1]]
+
+
+def test_alternates_stand_in_for_refusals(tokenizer, tmp_path):
+    """One a line of the file, paired with its own question in every epoch."""
+    rows = [{key: row[key] for key in ("question", "answer")} for row in read_table("forget01")]
+    path = tmp_path / "alternates.jsonl"
+    lines = [{**row, "alternate": f"No {k}."} for row in rows for k in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    forget, alternates = data_module.load_alternates(str(path), rows)
+    data = TrainingSet(tokenizer, FAMILY, 500, 1, forget=forget, alternates=alternates)
+    assert len(data) == 8
+    for slot in (Slot(epoch, place, 1.0) for epoch in range(2) for place in range(8)):
+        parts, _ = data[slot]
+        row = data.rows["forget"].index(parts["forget"]) // 2
+        wrong = [data_module.encode(tokenizer, FAMILY, rows[row]["question"], f"No {k}.", 500) for k in (1, 2)]
+        assert parts["idk"] in wrong
+    for bad, said in (("{", "cannot be read"), ('{"question": "Who?"}', "KeyError")):
+        path.write_text(bad)
+        with pytest.raises(BadInput, match=said):
+            data_module.load_alternates(str(path), rows)

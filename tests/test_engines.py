@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MINI, REPO, read_table, write_table
+from test_configs import METHODS
 from transformers import AutoModelForCausalLM
 
-LOSSES = ("grad_ascent", "grad_diff", "KL", "idk", "dpo")
+# what differs by engine: parts and their counts, references live and kept, frozen layers, a weight that moves; all
+# methods are in test_every_method_equals_one_process
+LOSSES = ("grad_diff", "KL", "idk", "dpo", "rmu", "pdu")
 EPOCHS = {"forget10": 2, "forget41": 1}  # by split, of 40 and 41 rows: three steps an epoch, the last over 8 and 9
 # engine -> how a global batch of 16 is cut: (samples per process, accumulation)
 ENGINES = {"ddp": (2, 4), "zero2": (8, 1), "zero3": (4, 2), "fsdp": (2, 4)}
@@ -20,10 +23,13 @@ KEYS = {  # what is said on the command line; ds.json is ZeRO-3 that shards even
 }
 
 
-def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
-    """Command lines: finetune and each loss with 40 and 41 rows, adapters, and an evaluation at each epoch.
+OWN = {"pdu": ("forget_loss.dual_warmup_epochs=0", "forget_loss.retain_weight=1")}  # its variable moves at each step
 
-    The 41 rows are for the uneven last step alone, and one epoch has it.
+
+def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
+    """Command lines: finetune and each loss with 41 rows, one of them with 40 too, adapters, evaluation at each epoch.
+
+    The 41 rows are for the uneven last step, and one epoch has it.
     """
     common = [
         *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}"),
@@ -33,12 +39,13 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     forget = [*common, f"model_path={model}"]
     small = ["eval.ds_size=5", "eval.generation.max_length=64", "eval.generation.max_new_tokens=8"]
     found = []
-    for split, epochs in EPOCHS.items():
-        rows = [f"split={split}", f"num_epochs={epochs}"]
-        found.append({"script": "finetune", "args": [*common, *rows], "name": f"ft_{split}"})
-        for loss in LOSSES:
-            args = [*forget, *rows, "retain_split=retain90", f"forget_loss={loss}"]
-            found.append({"script": "forget", "args": args, "name": f"{loss}_{split}"})
+    rows = ["split=forget41", "retain_split=retain90", "num_epochs=1"]
+    found.append({"script": "finetune", "args": [*common, rows[0], rows[2]], "name": "ft_forget41"})
+    for loss in LOSSES:
+        args = [*forget, *rows, f"forget_loss={loss}", *OWN.get(loss, ())]
+        found.append({"script": "forget", "args": args, "name": f"{loss}_forget41"})
+    args = [*forget, "split=forget10", "num_epochs=2", "forget_loss=grad_diff"]
+    found.append({"script": "forget", "args": args, "name": "grad_diff_forget10"})
     lora = ["LoRA.r=4", "LoRA.dropout=0"]
     args = [*forget, *lora, "split=forget41", "retain_split=retain90", "num_epochs=1", "forget_loss=dpo"]
     found.append({"script": "forget", "args": args, "name": "lora_dpo_forget41"})
@@ -71,15 +78,15 @@ def setting(model_folder, tmp_path_factory):
     return folder, data, model_folder
 
 
-def launch(setting, engine: str, processes: int, cut: tuple[int, int]) -> Path:
+def launch(setting, engine: str, processes: int, cut: tuple[int, int], cases=cases) -> Path:
     folder, data, model = setting
-    out = folder / (engine if processes > 1 else "one")
+    out = folder / f"{cases.__name__}_{engine}_{processes}"
     out.mkdir()
     listed = cases(out, engine, cut, data, model)
     (out / "cases.json").write_text(json.dumps(listed))
     worker = [str(REPO / "tests" / "engine_worker.py"), str(out / "cases.json"), str(model)]
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *start, *worker], cwd=out, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, *start, *worker], cwd=out, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return out
 
@@ -92,6 +99,40 @@ def one(setting):
 @pytest.fixture(scope="module", params=list(ENGINES))
 def two(request, setting):
     return request.param, launch(setting, request.param, 2, ENGINES[request.param])
+
+
+def methods(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
+    """Every method, full and with adapters, with 41 rows."""
+    rows = read_table("retain90")[:41]
+    alternates = folder.parent / "alternates.jsonl"
+    lines = [{**row, "alternate": rows[i - 1]["answer"]} for i, row in enumerate(rows)]
+    alternates.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = [
+        *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}", f"model_path={model}"),
+        *("split=forget41", "retain_split=retain90", "num_epochs=1"),
+        *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
+        *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
+    ]
+    found = []
+    for method in METHODS:
+        own = [f"forget_loss.alternates={alternates}"] if method == "altpo" else OWN.get(method, ())
+        for kind, lora in (("", ()), ("lora_", ("LoRA.r=4", "LoRA.dropout=0"))):
+            name = f"{kind}{method}_forget41"
+            args = [*common, f"forget_loss={method}", *own, *lora, f"save_dir={folder / name}"]
+            found.append({"script": "forget", "args": args, "name": name})
+    return found
+
+
+@pytest.fixture(scope="module")
+def methods_on_one(setting):
+    return launch(setting, "ddp", 1, (16, 1), methods)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_every_method_equals_one_process(setting, methods_on_one, engine):
+    """The whole matrix of methods, full and LoRA, and engines: every step's loss, and the saved weights."""
+    assert_equal(engine, methods_on_one, launch(setting, engine, 2, ENGINES[engine], methods))
 
 
 def losses_of(run: Path) -> list[float]:
@@ -107,6 +148,11 @@ def runs(folder: Path) -> list[str]:
 def test_engine_equals_one_process(one, two):
     """Same loss at every step, the same logs, the same saved weights; really sharded; loads from disk."""
     engine, folder = two
+    assert_equal(engine, one, folder)
+
+
+def assert_equal(engine: str, one: Path, folder: Path) -> None:
+    """All runs of two launches: losses to 1e-4, saved weights."""
     for name in runs(folder):
         expected, got = losses_of(one / name), losses_of(folder / name)
         assert len(expected) == len(got) == (3 if name.endswith("forget41") else 6)

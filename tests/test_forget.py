@@ -1,0 +1,253 @@
+"""forget.py's methods run: what each moves, what each leaves, what each refuses."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import REPO, read_table
+from test_configs import METHODS
+from transformers import AutoModelForCausalLM
+
+import forget
+import models
+import schema
+import utils
+
+STEPS = 4  # of 20 rows in batches of 10, two epochs
+
+
+@pytest.fixture
+def run(model_folder, tmp_path, monkeypatch):
+    """forget.py in this process, as its command line would be; its steps' log lines and its saved weights."""
+
+    def run(*args, name="run", steps=STEPS):
+        common = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}")
+        common += ("split=forget05", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "lr=1e-3")
+        monkeypatch.setattr("sys.argv", ["forget.py", *common, *args, f"save_dir={tmp_path / name}"])
+        forget.main()
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        lines = [line for line in history if "loss" in line]
+        assert len(lines) == steps
+        return lines, weights(tmp_path / name)
+
+    return run
+
+
+@pytest.fixture
+def alternates(tmp_path):
+    """Two wrong answers for each row: those of the rows that follow."""
+    rows = read_table("forget05")
+    lines = [
+        {"question": row["question"], "answer": row["answer"], "alternate": rows[(i + k) % len(rows)]["answer"]}
+        for i, row in enumerate(rows)
+        for k in (1, 2)
+    ]
+    path = tmp_path / "alternates.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def moved(one, other) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def error_of(capsys) -> str:
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [(), ("LoRA.r=4", "LoRA.dropout=0", "lr=1e-2")], ids=["full", "lora"])
+def test_rmu_trains_what_it_names(run, model_folder, tmp_path, lora):
+    """The steered block is the first of two; both terms start where they must, and the vector is kept."""
+    lines, saved = run("forget_loss=rmu", *lora)
+    assert moved(saved, weights(model_folder)) == {"model.layers.0.mlp.down_proj.weight"}
+    assert lines[0]["retain_loss"] == pytest.approx(0, abs=1e-9) and lines[-1]["retain_loss"] > 0
+    assert lines[-1]["forget_loss"] < lines[0]["forget_loss"]
+    kept = json.loads((tmp_path / "run" / utils.CONTROL).read_text())
+    assert kept["block"] == 0 and math.hypot(*kept["vector"]) == pytest.approx(1, abs=1e-6)
+    assert kept["vector"] == models.control_vector(32, 42).tolist()
+
+
+def test_rmu_with_cross_entropy_on_the_retain_set(run, model_folder):
+    """The states of one part and the logits of another, in one forward; all of the second block's output counts."""
+    _, saved = run("forget_loss=rmu", "forget_loss.retain=nll", "forget_loss.depth=1", "forget_loss.blocks=1")
+    assert moved(saved, weights(model_folder)) == {"model.layers.1.mlp.down_proj.weight"}
+
+
+def test_rmu_under_gradient_checkpointing(run, monkeypatch):
+    """A block's output is seen once, however often the backward makes it again."""
+    plain, _ = run("forget_loss=rmu")
+    family = dataclasses.replace(schema.family("tiny"), gradient_checkpointing=True)
+    monkeypatch.setattr(schema, "family", lambda name: family)
+    again, _ = run("forget_loss=rmu", name="again")
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in plain], abs=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(10, 1), (5, 2)])
+def test_the_dual_variable_moves_once_a_step(run, tmp_path, batch_size, accumulation):
+    """From the global mean retain loss, after its warm-up of one epoch (two steps), never below 0; kept at the end."""
+    lines, _ = run(
+        *("forget_loss=pdu", "forget_loss.dual_warmup_epochs=1", "forget_loss.retain_weight=2"),
+        *(f"batch_size={batch_size}", f"gradient_accumulation_steps={accumulation}"),
+    )
+    dual = 2.0
+    for step, line in enumerate(lines, 1):
+        total = line["forget_loss"] + dual * (line["retain_loss"] - 0.3)
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+        if step > 2:
+            dual = max(0.0, dual + 5 * (line["retain_loss"] - 0.3))
+        assert line["dual"] == pytest.approx(dual, rel=1e-5)
+    assert dual > 10 and json.loads((tmp_path / "run" / "finished.json").read_text())["dual"] == lines[-1]["dual"]
+
+
+def test_a_dual_variable_never_falls_below_zero():
+    """METHODS.md 3.15: 100 + 5 (0.904942 - 0.3) = 103.024710; with epsilon 5 and eta 30 it is cut at 0."""
+    from dataloader import Dual
+
+    for epsilon, eta, expected in ((0.3, 5, 103.024710), (5, 30, 0.0)):
+        dual = Dual(100.0, epsilon, eta, warmup=3)
+        dual.update(0.904942, 3)
+        assert dual.value == 100
+        dual.update(0.904942, 4)
+        assert dual.value == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_task_vector_is_gone_the_other_way(run, model_folder):
+    """What is saved is as far from the start as finetuning on the forget set went, on the other side, times alpha."""
+    start = weights(model_folder)
+    negate = ("forget_loss=task_vector", "forget_loss.negate=0.5")
+    lines, saved = run(*negate)
+    _, learned = run("forget_loss=grad_ascent", "forget_loss.forget_weight=-1", name="learned")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    for name, before in start.items():
+        torch.testing.assert_close(saved[name], before - 0.5 * (learned[name] - before), rtol=0, atol=1e-6)
+    assert moved(saved, start)
+    _, adapters = run(*negate, "LoRA.r=4", "LoRA.dropout=0", name="adapters")
+    assert moved(adapters, start) == {name for name in start if "_proj" in name}
+
+
+def test_task_negated_by_hand():
+    """METHODS.md 3.18."""
+    start, finetuned = torch.tensor([1, -2, 0.5]), torch.tensor([1.5, -1, 0.25])
+    assert models.task_negated(start, finetuned, 0.5).tolist() == [0.75, -2.5, 0.625]
+
+
+def test_altpo_takes_its_alternates_from_a_file(run, alternates):
+    """Two alternates a row are twice the places; the first step is where both models agree."""
+    lines, _ = run("forget_loss=altpo", f"forget_loss.alternates={alternates}", steps=8)
+    assert lines[0]["forget_loss"] == pytest.approx(20 * math.log(2), abs=1e-4)
+    assert lines[-1]["forget_loss"] < lines[1]["forget_loss"]
+
+
+def test_what_is_logged_each_step(run):
+    """The parts, their gradients' norms on request, and the tokens read so far."""
+    lines, _ = run("forget_loss=npo_KL", "log_gradient_norms=true")
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["forget_loss"] + line["retain_loss"], rel=1e-5)
+    assert lines[0]["retain_grad_norm"] == pytest.approx(0, abs=1e-4)  # KL is least where both models agree
+    assert lines[0]["forget_grad_norm"] == pytest.approx(lines[0]["grad_norm"], rel=1e-4)
+    assert lines[-1]["retain_grad_norm"] > 0.01
+    tokens = [line["tokens"] for line in lines]
+    assert tokens == sorted(tokens) and 1.9 < tokens[3] / tokens[1] < 2.1 and tokens[1] > 20 * 2 * 30
+
+
+def test_gradient_norms_do_not_depend_on_the_cut(run):
+    one, _ = run("forget_loss=grad_diff", "log_gradient_norms=true")
+    cut = ("batch_size=5", "gradient_accumulation_steps=2")
+    other, _ = run("forget_loss=grad_diff", "log_gradient_norms=true", *cut, name="other")
+    for key in ("forget_grad_norm", "retain_grad_norm", "tokens"):
+        assert [line[key] for line in one] == pytest.approx([line[key] for line in other], rel=1e-4)
+
+
+def test_names_from_elsewhere(run, tmp_path, capsys):
+    """The command line's NPO is npo_grad_diff, and the log says so."""
+    run("forget_loss=NPO")
+    assert "name: npo_grad_diff" in (tmp_path / "run" / utils.CONFIG).read_text()
+    assert "taken as: " in (told := capsys.readouterr().out) and "forget_loss=npo_grad_diff" in told
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("forget_loss=altpo",), "forget_loss.alternates is missing"),
+        (("forget_loss=altpo", "forget_loss.alternates=nowhere"), "no such file; scripts/make_alternates.py"),
+        (("forget_loss=npo", "forget_loss.retain=embed_diff"), "needs +forget_loss.depth=... +forget_loss.blocks=..."),
+        (("forget_loss=rmu", "forget_loss.depth=1.5"), "it is a share of the blocks, at most 1"),
+        (("forget_loss=pdu", "forget_loss.retain=null"), "the constraint forget_loss.epsilon is on a retain term"),
+        (("forget_loss=idk", "forget_loss.retain=kl"), "idk reads the retain samples too, at other positions"),
+        (("forget_loss=task_vector", "eval_while_train=true"), "evaluate the saved model with evaluate_util.py"),
+        (("forget_loss=ceu", "forget_loss.forget_args.skip=0.5"), "it must be a whole number"),
+        (("log_gradient_norms=true", "engine=deepspeed"), "needs whole gradients, engine=ddp"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_refusals(run, capsys, tmp_path, args, said):
+    with patch.dict(os.environ), pytest.raises(SystemExit, match="2"):  # DeepSpeed leaves a rank there
+        run(*args)
+    assert said in error_of(capsys) and not (tmp_path / "run").exists()
+
+
+def test_alternates_of_another_split_are_refused(run, capsys, alternates):
+    with pytest.raises(SystemExit, match="2"):
+        run("forget_loss=altpo", f"forget_loss.alternates={alternates}", "split=forget10")
+    assert "20 rows of the forget set have none in it, and 0 of its rows are not in the set" in error_of(capsys)
+
+
+def test_a_term_that_is_not_finite_stops_the_run(run, capsys, tmp_path):
+    """With the step, the part and the remedy; the log so far is whole, and there is no model."""
+    with pytest.raises(SystemExit, match="2"):
+        run("forget_loss=grad_diff", "lr=1e6")
+    assert "the model has diverged; take a smaller lr than 1000000.0" in (told := error_of(capsys)) and "step " in told
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("lora", [(), ("LoRA.r=4", "LoRA.dropout=0")], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(run, model_folder, alternates, method, lora, packing):
+    """Full and with adapters, packed and padded: the model moves, and the forget term the right way."""
+    own = (f"forget_loss.alternates={alternates}",) if method == "altpo" else ()
+    steps = 8 if own else STEPS
+    lines, saved = run(f"forget_loss={method}", *own, *lora, f"packing={packing}", steps=steps)
+    assert moved(saved, weights(model_folder))
+    key = "forget_loss" if "forget_loss" in lines[0] else "loss"
+    assert lines[-1][key] < lines[0][key]
+
+
+def test_readme_shows_how_to_add_a_method(tmp_path, model_folder):
+    """The README's example, put where it says, runs as it says: a function, a YAML, nothing else."""
+    section = (REPO / "README.md").read_text().split("## Add a method")[1].split("\n## ")[0]
+    function, config, command = (block.split("\n", 1)[1] for block in section.split("```")[1::2])
+    copy = tmp_path / "tofu"
+    copy.mkdir()
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, copy)
+    for folder in ("config", "data"):
+        shutil.copytree(REPO / folder, copy / folder)
+    text = (copy / "losses.py").read_text()
+    assert text.count("def _losses()") == 1  # above which the README says it goes
+    (copy / "losses.py").write_text(text.replace("def _losses()", f"{function}\n\ndef _losses()"))
+    name = next(line.split(":")[1].split()[0] for line in config.splitlines() if line.startswith("name:"))
+    (copy / "config" / "forget_loss" / f"{name}.yaml").write_text(config)
+    args = [*command.split("forget.py", 1)[1].split(), f"model_path={model_folder}", f"save_dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, str(copy / "forget.py"), *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "finished.json").read_text())["train_loss"]
