@@ -213,17 +213,16 @@ def test_a_term_that_is_not_finite_stops_the_run(run, capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["true", "false"])
 @pytest.mark.parametrize("lora", [(), ("LoRA.r=4", "LoRA.dropout=0")], ids=["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(run, model_folder, alternates, method, lora, packing):
-    """Full and with adapters, packed and padded: the model moves, and the forget term the right way."""
+def test_every_method(run, model_folder, alternates, method, lora):
+    """Full and with adapters: the model moves, and packed and padded runs have the same losses."""
     own = (f"forget_loss.alternates={alternates}",) if method == "altpo" else ()
-    steps = 8 if own else STEPS
-    lines, saved = run(f"forget_loss={method}", *own, *lora, f"packing={packing}", steps=steps)
+    args, steps = (f"forget_loss={method}", *own, *lora), 8 if own else STEPS
+    packed, saved = run(*args, steps=steps)
     assert moved(saved, weights(model_folder))
-    key = "forget_loss" if "forget_loss" in lines[0] else "loss"
-    assert lines[-1][key] < lines[0][key]
+    padded, _ = run(*args, "packing=false", name="padded", steps=steps)
+    assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in padded], rel=1e-4, abs=1e-5)
 
 
 def test_readme_shows_how_to_add_a_method(tmp_path, model_folder):
