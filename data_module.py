@@ -143,9 +143,9 @@ def load_alternates(path: str, rows: list[dict[str, str]]) -> tuple[list[dict[st
         BadInput: a file that is not so, or of other rows than these.
     """
     try:
-        lines = [json.loads(line) for line in Path(utils.find(path)).read_text(encoding="utf-8").splitlines()]
-        found = [({key: line[key] for key in ("question", "answer")}, line["alternate"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lines = [json.loads(line) for line in Path(utils.find(path)).read_text(encoding="utf-8").split("\n") if line]
+        found = [({key: line[key] for key in ("question", "answer")}, line["alternate"].strip()) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"forget_loss.alternates={path} cannot be read ({type(error).__name__}: {error})") from None
     have, want = ({(row["question"], row["answer"]) for row in these} for these in ((r for r, _ in found), rows))
     if have != want:
@@ -237,7 +237,7 @@ def collate(
             start = at.stop
         positions[r, start:] = np.arange(width - start)
     keep, read = targets != IGNORE, of >= 0  # from lengths: an end token inside a prompt stays visible
-    after = np.roll(keep, 1, 1)
+    after = np.roll(keep, 1, 1) & (positions > 0)  # not what the sample before it in the row is scored on last
     for k, name in enumerate(parts):
         if name in attended:
             keep |= part == k

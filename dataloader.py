@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCall
 import losses
 import models
 import optimisation
-from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
+from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
 from losses import Scored, States
 from models import Engine
 from utils import BadInput
@@ -71,7 +71,7 @@ def parts_of(terms: list[Term]) -> list[str]:
     return list(dict.fromkeys(part for term in terms for part in term.contract.parts))
 
 
-def references(terms: list[Term]) -> set[str]:
+def needs_of(terms: list[Term]) -> set[str]:
     """What of the starting model the terms compare with: "logp" of sequences, "live" distributions, or nothing."""
     return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
 
@@ -116,6 +116,12 @@ def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tens
     return torch.cat([weight[of] for of in found])
 
 
+def answered(view: Scored) -> Scored:
+    """The completion positions of a view that may hold all attended ones, because another term reads them."""
+    scored = view.labels != IGNORE
+    return view if bool(scored.all()) else Scored(view.logits[scored], view.labels[scored], view.sample[scored])
+
+
 class TofuTrainer(Trainer):
     """A Trainer whose loss is the mean over a step's global batch, however that is cut into ranks and micro-batches.
 
@@ -152,15 +158,19 @@ class TofuTrainer(Trainer):
         """
         self.terms, self.reference, self.logps = terms, reference, logps
         self.row = row_of(kwargs["model"].config) if packing else None
-        kinds = {part: kind for term in terms for part, kind in term.contract.parts.items()}
+        kinds = {(part, kind) for term in terms for part, kind in term.contract.parts.items()}
         self.attended, self.states = (
-            frozenset(part for part, kind in kinds.items() if kind == wanted) for wanted in ("attended", "states")
+            frozenset(part for part, kind in kinds if kind == wanted) for wanted in ("attended", "states")
         )
         self.block, self.control_vector, self.dual, self.gradient_norms = block, control_vector, dual, gradient_norms
         super().__init__(data_collator=self._collate, **kwargs)
         self._running: dict[str, Tensor] = {}  # since the last line of the log
         self._step: dict[str, Tensor] = {}  # since the last optimiser step
         self._gradients: dict[str, list[Tensor]] = {}
+        self._norms: dict[str, float] = {}
+        self._last_logged = 0
+        self._micro_batches = 1  # of the optimiser step at hand
+        self._largest = 0  # scored positions in any rank's largest micro-batch of that step
         self.tokens = 0.0
         self.add_callback(EachStep(self._after_step))
 
@@ -196,8 +206,14 @@ class TofuTrainer(Trainer):
         counts = torch.zeros(len(self.terms) + 2, dtype=torch.float64)
         self._micro_batches = len(batch_samples)
         for batch in batch_samples:
-            of = {name: batch["sample"][batch["keep"] & (batch["part"] == i)] for i, name in enumerate(batch["parts"])}
+            number = {name: i for i, name in enumerate(batch["parts"])}
             for k, term in enumerate(self.terms):
+                of = {}
+                for name, kind in term.contract.parts.items():
+                    scored = batch["keep"] & (batch["part"] == number[name])
+                    if kind == "completion":
+                        scored &= batch["targets"] != IGNORE
+                    of[name] = batch["sample"][scored]
                 counts[k] += float(weights_of(term, of, batch["weight"]).sum())
             read = batch["sample"][batch["sample"] >= 0]
             counts[-2] += float(batch["weight"][read].sum())
@@ -264,11 +280,12 @@ class TofuTrainer(Trainer):
         sums = []
         for term in self.terms:
             contract = term.contract
-            given = {name: views[name] for name in (*contract.parts, *contract.refs)}
+            kinds = {**contract.parts, **contract.refs}
+            given = {name: answered(views[name]) if kinds[name] == "completion" else views[name] for name in kinds}
             if contract.control:
                 given["control"] = self.control_vector.to(weight.device)
             values = term.function(**given, **term.args)
-            of = {name: views[name].sample for name in contract.parts}
+            of = {name: given[name].sample for name in contract.parts}
             sums.append((values * weights_of(term, of, weight)).sum())
         return torch.stack(sums)
 
@@ -360,11 +377,6 @@ class TofuTrainer(Trainer):
             logs |= self._norms | ({} if self.dual is None else {"dual": self.dual.value})
         super().log(logs, start_time)
 
-    _last_logged = 0
-    _norms: dict[str, float] = {}
-    _micro_batches = 1  # of the optimiser step at hand
-    _largest = 0  # scored positions in any rank's largest micro-batch of that step
-
 
 def fit(trainer: TofuTrainer) -> dict[str, float]:
     """Train, and write trainer_state.json whatever ends the training: the losses before a stop tell why it stopped.
@@ -405,7 +417,7 @@ class EachEpoch(TrainerCallback):
         self.evaluate(state.global_step)
 
 
-def check_trainable(cfg: Any, family: Any, path: str, engine: Engine) -> str | None:
+def check_trainable(cfg: Any, family: Any, path: str, engine: Engine, states: bool = False) -> str | None:
     """Refuse a model that can't be trained as a run's config asks for (`models.check_loadable`).
 
     Returns:
@@ -413,6 +425,7 @@ def check_trainable(cfg: Any, family: Any, path: str, engine: Engine) -> str | N
     """
     attention = models.attention_of(family, cfg.attention)
     keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
+    keys["states"] = states
     models.check_loadable(path, engine, attention, **keys)
     return attention
 

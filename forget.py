@@ -32,11 +32,12 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     terms = dataloader.objective(cfg.forget_loss)
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
+    states = any(term.contract.states for term in terms)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     if cfg.eval_only:
         models.check_loadable(path, engine)
     else:
-        attention = dataloader.check_trainable(cfg, family, path, engine)
+        attention = dataloader.check_trainable(cfg, family, path, engine, states)
     evaluates = cfg.eval_only or cfg.eval_while_train
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:
@@ -53,9 +54,10 @@ def main(cfg: DictConfig) -> None:
         **{key: cfg[key] for key in optimisation.ARGUMENTS},
     )
 
-    needs = dataloader.references(terms)
+    needs = dataloader.needs_of(terms)
     keep = (utils.REFERENCE,) if "logp" in needs else ()
-    out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,), keep=keep)
+    read = (path, *([utils.find(cfg.forget_loss.alternates)] if "alternates" in cfg.forget_loss else []))
+    out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
     trained_in = optimisation.weights_type(engine, cfg.LoRA, cfg.optim)
     loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
     load_frozen = partial(models.load_frozen, path, engine, **loading)
@@ -70,8 +72,8 @@ def main(cfg: DictConfig) -> None:
         starting = load_frozen if frozen is None else lambda: frozen
         logps = references.starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
-    steering = steer(out, model, cfg) if any(term.contract.states for term in terms) else {}
-    dual = dataloader.dual_of(cfg.forget_loss, args.warmup_steps)
+    steering = steer(out, model, cfg) if states else {}
+    dual = dataloader.dual_of(cfg.forget_loss, args.warmup_steps)  # the rate warms up for an epoch
     trainer = dataloader.TofuTrainer(
         model=model,
         args=args,

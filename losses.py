@@ -218,7 +218,8 @@ def undial(forget: Scored, ref_forget: Scored, *, beta: float) -> PerToken:
 
     Source: Dong et al. 2024, arXiv 2402.10052, at answer tokens (the authors train on plain text, all its tokens).
     """
-    lowered = ref_forget.logits - beta * F.one_hot(forget.labels, forget.logits.shape[-1])
+    labels = forget.labels[:, None]
+    lowered = ref_forget.logits.scatter_add(-1, labels, torch.full_like(labels, -beta, dtype=ref_forget.logits.dtype))
     return -(F.softmax(lowered, -1) * F.log_softmax(forget.logits, -1)).sum(-1)
 
 
@@ -268,8 +269,7 @@ def ceu(forget: Scored, *, skip: int) -> PerToken:
     """
     kept = later(forget.sample, skip)
     logits, labels = forget.logits[kept], forget.labels[kept]
-    true = F.one_hot(labels, logits.shape[-1]).bool()
-    q = F.softmax(logits.detach().masked_fill(true, -torch.inf), -1)
+    q = F.softmax(logits.detach().scatter(-1, labels[:, None], -torch.inf), -1)
     return -(q * F.log_softmax(logits, -1)).sum(-1)
 
 

@@ -138,6 +138,7 @@ def check_loadable(
     packing: bool = False,
     quantize: str | None = None,
     liger_kernel: bool = False,
+    states: bool = False,
 ) -> None:
     """Refuse what `load` could not do; called before a run has a folder or reads a weight.
 
@@ -147,7 +148,7 @@ def check_loadable(
     Raises:
         BadInput: only an adapter where the processes share one model, or one without its base; an attention that
             is not there; packing for a model that might see across samples; four bits without bitsandbytes; Liger's
-            kernels for a model that they don't know.
+            kernels for a model that they don't know; hidden states of one whose blocks may be elsewhere.
     """
     if attention == "flash_attention_2" and not (is_flash_attn_2_available() and engine.bf16):
         raise BadInput(
@@ -165,17 +166,24 @@ def check_loadable(
         what = f"the adapter in {path}" if adapter else f"engine={engine.name}"
         raise BadInput(f"LoRA.quantize={quantize} does not go with {what}: take engine=ddp and a whole model")
     if not adapter:
-        return _check_architecture(AutoConfig.from_pretrained(path), attention, packing, liger_kernel)
+        return _check_architecture(AutoConfig.from_pretrained(path), attention, packing, liger_kernel, states)
     if engine.sharded:  # merging needs the whole model
         raise BadInput(
             f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
             "(our runs save merged models)"
         )
     resolve(_base(path), f"{path}/adapter_config.json: base_model_name_or_path")
-    check_loadable(_base(path), engine, attention, packing=packing, liger_kernel=liger_kernel)
+    check_loadable(_base(path), engine, attention, packing=packing, liger_kernel=liger_kernel, states=states)
 
 
-def _check_architecture(config: PretrainedConfig, attention: str | None, packing: bool, liger_kernel: bool) -> None:
+def _check_architecture(
+    config: PretrainedConfig, attention: str | None, packing: bool, liger_kernel: bool, states: bool
+) -> None:
+    if states and config.model_type not in PACKABLE:
+        raise BadInput(
+            f"the method looks at the hidden states of a block, and it is not known where {config.model_type} keeps "
+            f"its blocks: take another method, or one of {', '.join(PACKABLE)}"
+        )
     if packing and config.model_type not in PACKABLE:
         raise BadInput(
             f"packing: it is not known whether packed samples of {config.model_type} see each other (known not to: "
@@ -418,16 +426,8 @@ def _watched(model: torch.nn.Module, block: int, to_there: bool) -> Iterator[lis
 
 
 def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """A model's decoder blocks, the first one first.
-
-    Raises:
-        BadInput: a model that keeps them elsewhere than all families of model_config.yaml do.
-    """
-    whole = _whole(model)
-    found = getattr(whole.base_model, "layers", None)
-    if found is None:
-        raise BadInput(f"rmu: it is not known where {whole.config.model_type} keeps its blocks")
-    return found
+    """The decoder blocks of a model of a type in PACKABLE, the first one first."""
+    return _whole(model).base_model.layers
 
 
 def block_at(config: PretrainedConfig, depth: float) -> int:
@@ -494,11 +494,15 @@ def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
 def adapter_off(model: torch.nn.Module) -> Iterator[None]:
     """The starting model of a LoRA run: the same network, its adapters switched off, dropout too."""
     peft = next(module for module in model.modules() if isinstance(module, PeftModel))
-    training = model.training
+    training, trained = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval()
-    with peft.disable_adapter():
-        yield
-    model.train(training)
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:  # switching them on again lets all of them train
+        model.train(training)
+        for parameter, before in zip(model.parameters(), trained, strict=True):
+            parameter.requires_grad_(before)
 
 
 def all_finite(model: torch.nn.Module) -> bool:
@@ -560,7 +564,7 @@ def save(
     if missing := [name for name, parameter in shell.named_parameters() if parameter.is_meta]:
         raise RuntimeError(f"parameters that the trained model did not give: {missing[:5]}")
     if peft is not None:
-        shell = shell.merge_and_unload()
+        shell = (shell.float() if away else shell).merge_and_unload()
     _negate(shell, away)
     shell = shell.to(torch.bfloat16 if bf16 else torch.float32)
     shell.generation_config = generation_config
@@ -574,6 +578,7 @@ def _negate(model: PreTrainedModel, away: Mapping[str, Any] | None) -> None:
     """Put each weight as far from the start on its other side, `alpha` times; tied weights once."""
     if away is None:
         return
+    unset_hf_deepspeed_config()  # while the training's is alive, loading shards, and the other ranks are not here
     start = dict(load(away["start"]).named_parameters())
     if (found := {name: p.shape for name, p in model.named_parameters()}) != {n: p.shape for n, p in start.items()}:
         raise RuntimeError(f"other parameters than the starting model's: {sorted(set(found) ^ set(start))[:5]}")

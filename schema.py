@@ -240,7 +240,7 @@ def _fit(kind: type, values: dict[str, Any], prefix: str = "") -> None:
 
 
 def _words(hint: Any) -> str:
-    return " or ".join(WORDS[one] for one in get_args(hint) or (hint,))
+    return " or ".join(WORDS.get(one, "a group of keys") for one in get_args(hint) or (hint,))
 
 
 def _one_line(error: object) -> str:
@@ -357,23 +357,33 @@ def _check_method(cfg: DictConfig) -> None:
     if method.retain is not None:
         terms["retain"] = losses.contract(losses.RETAIN[method.retain])
         for part, kind in terms["retain"].parts.items():
-            if terms["forget"].parts.get(part, kind) != kind:
+            if len(both := {kind, terms["forget"].parts.get(part, kind)}) > 1 and "states" in both:
                 raise BadInput(
-                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples too, at other "
-                    "positions: take forget_loss.retain=nll or null"
+                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples' logits, and so can't "
+                    "have their hidden states: take forget_loss.retain=nll, kl, kl_completion or null"
                 )
     states = any(term.states for term in terms.values())
     for keys, wanted, of in (
         (("depth", "blocks"), states, "a term on hidden states, as of forget_loss=rmu,"),
-        (("epsilon", "eta", "dual_warmup_epochs"), "epsilon" in method, "a constraint, as of forget_loss=pdu,"),
+        (("epsilon", "eta", "dual_warmup_epochs"), method.forget == "pdu", "the constraint of forget_loss=pdu"),
+        (("negate",), method.forget == "learn", "forget_loss=task_vector"),
     ):
         if wanted and (missing := [key for key in keys if key not in method]):
-            asked = " ".join(f"+forget_loss.{key}=..." for key in missing)
+            asked = " ".join(f"++forget_loss.{key}=..." for key in missing)
             raise BadInput(f"forget_loss.{missing[0]} is missing: {of} needs {asked}")
+        if not wanted and (idle := [key for key in keys if key in method]):
+            raise BadInput(
+                f"forget_loss.{idle[0]}: it belongs to {of} and {method.name} has no such thing: leave it out"
+            )
+    if "alternates" in method and "idk" not in terms["forget"].parts:
+        raise BadInput(f"forget_loss.alternates: {method.name} reads none: leave it out, and sweep altpo by itself")
+    if states and cfg.torch_compile:
+        raise BadInput(f"torch_compile=true does not go with {method.name}, which looks at hidden states: leave it out")
     if "epsilon" in method and method.retain is None:
         raise BadInput("forget_loss.retain=null: the constraint forget_loss.epsilon is on a retain term: give one")
     _at_least(cfg, 0, "forget_loss.depth", "forget_loss.eta", above=True)
-    _at_least(cfg, 0, "forget_loss.dual_warmup_epochs", "forget_loss.forget_args.skip")
+    _at_least(cfg, 0, "forget_loss.dual_warmup_epochs", "forget_loss.forget_args.skip", "forget_loss.epsilon")
+    _at_least(cfg, -math.inf, "forget_loss.negate")
     _at_least(cfg, 1, "forget_loss.blocks")
     if method.get("depth", 0) > 1:
         raise BadInput(f"forget_loss.depth={method.depth}: it is a share of the blocks, at most 1")
@@ -564,7 +574,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
             @functools.wraps(task)
             def job(cfg: DictConfig) -> None:
                 nonlocal broken
-                sys.argv = argv
+                sys.argv = typed  # as versions.json tells it
                 with contextlib.redirect_stderr(stderr):
                     _log()
                     if argv != typed:
@@ -653,6 +663,7 @@ def _check_sweep(name: str, overrides: list[str]) -> None:
     Silent where Hydra or the job has something else to refuse, and where only a job knows its place (${hydra:job.num}).
     """
     written: dict[str, list[str]] = {}
+    composed: dict[str, DictConfig] = {}
     HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -663,15 +674,26 @@ def _check_sweep(name: str, overrides: list[str]) -> None:
                 place = str(cfg[key])
                 if place in written:
                     break
-                written[place] = job
+                written[place], composed[place] = job, cfg
             else:
-                return
-    except (HydraException, OmegaConfBaseException, BadInput):
+                return _check_jobs(name, written, composed)
+    except (HydraException, OmegaConfBaseException, LookupError):
         return
     swept = [one.split("=", 1)[0] for one, other in zip(job, written[place], strict=True) if one != other]
     named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
     said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
     raise BadInput(f"{said}: put the swept key into it, {key}='{place}{named}'")
+
+
+def _check_jobs(name: str, written: dict[str, list[str]], composed: dict[str, DictConfig]) -> None:
+    """Raise BadInput if a job of a sweep of trainings will be refused: the others would train for hours before it."""
+    kind = _kind(name)
+    for place, job in written.items():
+        if kind in (Finetune, Forget) and not any("${hydra:" in override for override in job):
+            try:
+                check(composed[place], kind)
+            except BadInput as error:
+                raise BadInput(f"{' '.join(job)}: {error}") from None
 
 
 def _named(argv: list[str], default: str) -> str:

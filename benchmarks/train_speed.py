@@ -175,7 +175,7 @@ class Job:
         self.model = make_model(size, vocabulary or len(tokenizer))
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.second, self.logps, self.size = None, None, size
-        self.needs = dataloader.references(self.terms)
+        self.needs = dataloader.needs_of(self.terms)
         self.steering = {}
         if any(term.contract.states for term in self.terms):
             block = models.block_at(self.model.config, found.depth)

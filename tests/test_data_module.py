@@ -204,6 +204,8 @@ def test_states_are_kept_where_answers_are_read():
     both = data_module.collate(parts, row=data_module.ONE_ROW, states=frozenset(parts))
     assert both["input_ids"].tolist() == [[1, 3, 5, 6, 2, 1, 7, 2, 1, 3, 5, 6, 2, 1, 7, 2]]
     assert both["keep"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1]]
+    mixed = data_module.collate(parts, row=data_module.ONE_ROW, states=states)
+    assert mixed["keep"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1]]
 
 
 def test_alternates_stand_in_for_refusals(tokenizer, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 # what differs by engine: parts and their counts, references live and kept, frozen layers, a weight that moves; all
 # methods are in test_every_method_equals_one_process
-LOSSES = ("grad_diff", "KL", "idk", "dpo", "rmu", "pdu")
+LOSSES = ("grad_diff", "KL", "idk", "dpo", "rmu", "pdu", "task_vector")
 EPOCHS = {"forget10": 2, "forget41": 1}  # by split, of 40 and 41 rows: three steps an epoch, the last over 8 and 9
 # engine -> how a global batch of 16 is cut: (samples per process, accumulation)
 ENGINES = {"ddp": (2, 4), "zero2": (8, 1), "zero3": (4, 2), "fsdp": (2, 4)}

@@ -142,6 +142,14 @@ def test_task_negated_by_hand():
     assert models.task_negated(start, finetuned, 0.5).tolist() == [0.75, -2.5, 0.625]
 
 
+def test_idk_with_kl(run):
+    """Two terms read the retain samples, at the answer's positions and at all: each its own mean."""
+    plain, _ = run("forget_loss=idk")
+    lines, _ = run("forget_loss=idk", "forget_loss.retain=kl", name="kl")
+    assert lines[0]["forget_loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert lines[0]["retain_loss"] == pytest.approx(0, abs=1e-6) and lines[-1]["retain_loss"] > 1e-3
+
+
 def test_altpo_takes_its_alternates_from_a_file(run, alternates):
     """Two alternates a row are twice the places; the first step is where both models agree."""
     lines, _ = run("forget_loss=altpo", f"forget_loss.alternates={alternates}", steps=8)
@@ -172,6 +180,7 @@ def test_gradient_norms_do_not_depend_on_the_cut(run):
 def test_names_from_elsewhere(run, tmp_path, capsys):
     """The command line's NPO is npo_grad_diff, and the log says so."""
     run("forget_loss=NPO")
+    assert "forget_loss=NPO" in (tmp_path / "run" / utils.VERSIONS).read_text()  # scripts/tofu.sh asks for it so
     assert "name: npo_grad_diff" in (tmp_path / "run" / utils.CONFIG).read_text()
     assert "taken as: " in (told := capsys.readouterr().out) and "forget_loss=npo_grad_diff" in told
 
@@ -181,10 +190,23 @@ def test_names_from_elsewhere(run, tmp_path, capsys):
     [
         (("forget_loss=altpo",), "forget_loss.alternates is missing"),
         (("forget_loss=altpo", "forget_loss.alternates=nowhere"), "no such file; scripts/make_alternates.py"),
-        (("forget_loss=npo", "forget_loss.retain=embed_diff"), "needs +forget_loss.depth=... +forget_loss.blocks=..."),
+        (
+            ("forget_loss=npo", "forget_loss.retain=embed_diff"),
+            "needs ++forget_loss.depth=... ++forget_loss.blocks=...",
+        ),
         (("forget_loss=rmu", "forget_loss.depth=1.5"), "it is a share of the blocks, at most 1"),
         (("forget_loss=pdu", "forget_loss.retain=null"), "the constraint forget_loss.epsilon is on a retain term"),
-        (("forget_loss=idk", "forget_loss.retain=kl"), "idk reads the retain samples too, at other positions"),
+        (
+            ("forget_loss=idk", "forget_loss.retain=embed_diff"),
+            "idk reads the retain samples' logits, and so can't have",
+        ),
+        (("forget_loss=npo", "++forget_loss.blocks=3"), "forget_loss.blocks: it belongs to a term on hidden states"),
+        (("forget_loss=pdu", "forget_loss.epsilon=null"), "needs ++forget_loss.epsilon=..."),
+        (("forget_loss=npo", "++forget_loss.negate=1"), "it belongs to forget_loss=task_vector and npo has no such"),
+        (("forget_loss=task_vector", "forget_loss.negate=null"), "forget_loss=task_vector needs ++forget_loss.negate"),
+        (("forget_loss=npo", "++forget_loss.alternates=x"), "npo reads none: leave it out, and sweep altpo by itself"),
+        (("forget_loss=rmu", "torch_compile=true"), "does not go with rmu, which looks at hidden states"),
+        (("-m", "forget_loss=npo,altpo"), "forget_loss=altpo: forget_loss.alternates is missing"),
         (("forget_loss=task_vector", "eval_while_train=true"), "evaluate the saved model with evaluate_util.py"),
         (("forget_loss=ceu", "forget_loss.forget_args.skip=0.5"), "it must be a whole number"),
         (("log_gradient_norms=true", "engine=deepspeed"), "needs whole gradients, engine=ddp"),
