@@ -359,8 +359,8 @@ def _check_method(cfg: DictConfig) -> None:
         for part, kind in terms["retain"].parts.items():
             if len(both := {kind, terms["forget"].parts.get(part, kind)}) > 1 and "states" in both:
                 raise BadInput(
-                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples' logits, and so can't "
-                    "have their hidden states: take forget_loss.retain=nll, kl, kl_completion or null"
+                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples' logits, and so "
+                    "can't have their hidden states: take forget_loss.retain=nll, kl, kl_completion or null"
                 )
     states = any(term.states for term in terms.values())
     for keys, wanted, of in (
@@ -372,9 +372,7 @@ def _check_method(cfg: DictConfig) -> None:
             asked = " ".join(f"++forget_loss.{key}=..." for key in missing)
             raise BadInput(f"forget_loss.{missing[0]} is missing: {of} needs {asked}")
         if not wanted and (idle := [key for key in keys if key in method]):
-            raise BadInput(
-                f"forget_loss.{idle[0]}: it belongs to {of} and {method.name} has no such thing: leave it out"
-            )
+            raise BadInput(f"forget_loss.{idle[0]}: it belongs to {of} and {method.name} has none: leave it out")
     if "alternates" in method and "idk" not in terms["forget"].parts:
         raise BadInput(f"forget_loss.alternates: {method.name} reads none: leave it out, and sweep altpo by itself")
     if states and cfg.torch_compile:

@@ -202,11 +202,10 @@ def test_names_from_elsewhere(run, tmp_path, capsys):
         ),
         (("forget_loss=npo", "++forget_loss.blocks=3"), "forget_loss.blocks: it belongs to a term on hidden states"),
         (("forget_loss=pdu", "forget_loss.epsilon=null"), "needs ++forget_loss.epsilon=..."),
-        (("forget_loss=npo", "++forget_loss.negate=1"), "it belongs to forget_loss=task_vector and npo has no such"),
+        (("forget_loss=npo", "++forget_loss.negate=1"), "it belongs to forget_loss=task_vector and npo has"),
         (("forget_loss=task_vector", "forget_loss.negate=null"), "forget_loss=task_vector needs ++forget_loss.negate"),
         (("forget_loss=npo", "++forget_loss.alternates=x"), "npo reads none: leave it out, and sweep altpo by itself"),
         (("forget_loss=rmu", "torch_compile=true"), "does not go with rmu, which looks at hidden states"),
-        (("-m", "forget_loss=npo,altpo"), "forget_loss=altpo: forget_loss.alternates is missing"),
         (("forget_loss=task_vector", "eval_while_train=true"), "evaluate the saved model with evaluate_util.py"),
         (("forget_loss=ceu", "forget_loss.forget_args.skip=0.5"), "it must be a whole number"),
         (("log_gradient_norms=true", "engine=deepspeed"), "needs whole gradients, engine=ddp"),
@@ -217,6 +216,13 @@ def test_refusals(run, capsys, tmp_path, args, said):
     with patch.dict(os.environ), pytest.raises(SystemExit, match="2"):  # DeepSpeed leaves a rank there
         run(*args)
     assert said in error_of(capsys) and not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_refused_before_its_first_job(run, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        run("-m", "forget_loss=npo,altpo", name="${forget_loss.name}")
+    assert "forget_loss=altpo" in (told := error_of(capsys)) and "forget_loss.alternates is missing" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_alternates_of_another_split_are_refused(run, capsys, alternates):
