@@ -108,3 +108,21 @@ def test_deepspeed_config_leaves_to_the_trainer_what_our_keys_say():
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert config["gradient_clipping"] == "auto" and config["bf16"]["enabled"] == "auto"
     assert not {"optimizer", "scheduler", "fp16"} & set(config)
+
+
+def test_the_methods_page_repeats_the_configs():
+    """docs/methods.md's table: every method, its own lr and epochs, and its value on the worked example."""
+    from test_losses import NAMED
+
+    rows = {}
+    for line in (CONFIG_DIR.parent / "docs" / "methods.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 6 and cells[0].startswith("[`"):
+            rows[cells[0].split("`")[1]] = cells
+    assert set(rows) == set(METHODS)
+    for name, cells in rows.items():
+        method = checked("forget", f"forget_loss={name}", "split=forget10", *NEEDED.get(name, [])).forget_loss
+        lr, epochs = cells[4].split(", ")
+        assert (float(lr), int(epochs)) == (method.lr, method.num_epochs), name
+        value = next(number for (its, *more), number in NAMED.items() if its == name and len(more) <= 1)
+        assert name == "task_vector" or float(cells[5]) == pytest.approx(value, abs=1e-6), name
