@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+import command_line
 import log_formats
 import metrics
 import schema
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 BESIDE = ("KS Statistic", "log10 Forget Quality", "Forget Rows")  # told, though the leaderboard has no columns for them
 
 
-@schema.entry("aggregate_eval_stat")
+@command_line.entry("aggregate_eval_stat")
 def main(cfg: DictConfig) -> None:
     """Read both logs, whichever suite wrote them, work out the row, write it."""
     cfg = schema.check(cfg, schema.Aggregate)

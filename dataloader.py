@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCall
 import losses
 import models
 import optimisation
+import scoring
 from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
 from losses import Scored, States
 from models import Engine
@@ -233,7 +234,7 @@ class TofuTrainer(Trainer):
         """The objective's share of this micro-batch: one forward, then the terms."""
         pieces = self._pieces(inputs)
         views = self._reference_views(model, inputs, len(pieces) > 1)
-        views |= models.score(model, inputs, headless=len(pieces) > 1, block=self.block)
+        views |= scoring.score(model, inputs, headless=len(pieces) > 1, block=self.block)
         if len(pieces) == 1:
             sums = self._sums(views, inputs["weight"])
         else:
@@ -302,7 +303,7 @@ class TofuTrainer(Trainer):
         return list(torch.arange(batch_size, device=inputs["weight"].device).chunk(-(-size // LOGITS)))
 
     def _headed(self, model: torch.nn.Module, views: dict[str, Scored | Tensor], piece: Tensor) -> dict[str, Any]:
-        """The views of some samples, their logits made of what `models.score` left without the head."""
+        """The views of some samples, their logits made of what `scoring.score` left without the head."""
         autocast, found = self.args.bf16 and self.args.deepspeed is None, {}
         for name, view in views.items():
             if isinstance(view, Tensor):
@@ -316,7 +317,7 @@ class TofuTrainer(Trainer):
             reference = name.startswith("ref_")
             source = self.reference if reference and self.reference is not None else model
             with torch.no_grad() if reference else contextlib.nullcontext():
-                found[name] = models.headed(source, cut, autocast)
+                found[name] = scoring.headed(source, cut, autocast)
         return found
 
     def _stop_if_not_finite(self, shares: dict[str, Tensor]) -> None:
@@ -359,10 +360,10 @@ class TofuTrainer(Trainer):
             return known
         live = {name.removeprefix("ref_") for name in refs if name not in known}
         if self.reference is not None:
-            views = models.score(self.reference, inputs, live, headless=headless, block=self.block)
+            views = scoring.score(self.reference, inputs, live, headless=headless, block=self.block)
         else:
-            with models.adapter_off(model):
-                views = models.score(model, inputs, live, headless=headless, block=self.block)
+            with scoring.adapter_off(model):
+                views = scoring.score(model, inputs, live, headless=headless, block=self.block)
         return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

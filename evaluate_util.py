@@ -21,6 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import command_line
 import data_module
 import inference
 import log_formats
@@ -518,7 +519,7 @@ def _from_rank_0(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-@schema.entry("eval_everything", after=models.release)
+@command_line.entry("eval_everything", after=models.release)
 def main(cfg: DictConfig) -> None:
     """Evaluate one model from disk."""
     cfg = schema.check(cfg, schema.Evaluate)

@@ -7,6 +7,7 @@ python finetune.py --config-name=finetune_lora.yaml -m split=full,retain90 model
 
 from omegaconf import DictConfig
 
+import command_line
 import data_module
 import dataloader
 import models
@@ -15,7 +16,7 @@ import schema
 import utils
 
 
-@schema.entry("finetune", after=models.release)
+@command_line.entry("finetune", after=models.release)
 def main(cfg: DictConfig) -> None:
     """Run one job."""
     cfg = schema.check(cfg, schema.Finetune)

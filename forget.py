@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import command_line
 import data_module
 import dataloader
 import evaluate_util
@@ -19,11 +20,12 @@ import models
 import optimisation
 import references
 import schema
+import scoring
 import utils
 from utils import BadInput
 
 
-@schema.entry("forget", after=models.release)
+@command_line.entry("forget", after=models.release)
 def main(cfg: DictConfig) -> None:
     """Run one job."""
     cfg = schema.check(cfg, schema.Forget)
@@ -103,9 +105,9 @@ def main(cfg: DictConfig) -> None:
 def steer(out: Path, model: PreTrainedModel, cfg: DictConfig) -> dict[str, Any]:
     """For terms on hidden states: freeze all but the method's layers, and draw the control vector and keep it."""
     config = model.config.get_text_config()
-    block = models.block_at(config, cfg.forget_loss.depth)
-    models.train_only(model, block, cfg.forget_loss.blocks)
-    control = models.control_vector(config.hidden_size, cfg.seed)
+    block = scoring.block_at(config, cfg.forget_loss.depth)
+    scoring.train_only(model, block, cfg.forget_loss.blocks)
+    control = scoring.control_vector(config.hidden_size, cfg.seed)
     if utils.rank() == 0:
         utils.write_json(out / utils.CONTROL, {"block": block, "vector": control.tolist()})
     return {"block": block, "control_vector": control}

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 import evaluate_util
 import losses
-import models
+import scoring
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
 from models import Engine
@@ -50,7 +50,7 @@ def reference_logps(
     found = {}
     for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
         inputs = evaluate_util.to_device(collate({"forget": batch}), model.device)
-        logps = losses.sequence_logp(models.score(model, inputs)["forget"])
+        logps = losses.sequence_logp(scoring.score(model, inputs)["forget"])
         found.update(zip(batch, logps.tolist(), strict=True))
     return evaluate_util.merge(found)
 

@@ -41,6 +41,7 @@ import dataloader  # noqa: E402
 import models  # noqa: E402
 import references  # noqa: E402
 import schema  # noqa: E402
+import scoring  # noqa: E402
 import utils  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
@@ -178,9 +179,9 @@ class Job:
         self.needs = dataloader.needs_of(self.terms)
         self.steering = {}
         if any(term.contract.states for term in self.terms):
-            block = models.block_at(self.model.config, found.depth)
-            models.train_only(self.model, block, found.blocks)
-            control = models.control_vector(self.model.config.hidden_size, 0)
+            block = scoring.block_at(self.model.config, found.depth)
+            scoring.train_only(self.model, block, found.blocks)
+            control = scoring.control_vector(self.model.config.hidden_size, 0)
             self.steering = {"block": block, "control_vector": control}
 
     def reference(self) -> LlamaForCausalLM:

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria  # noqa: E402
 
+import command_line  # noqa: E402
 import data_module  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
@@ -278,7 +279,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    for noisy in schema.NOISY:
+    for noisy in command_line.NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         run(args)

@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import command_line
 import schema
 from schema import CONFIG_DIR
 
@@ -52,7 +53,7 @@ def test_config_composes_and_checks(name):
 def test_every_key_is_explained(name):
     """--help has a line for each key of the composed config, and no other."""
     cfg = checked(name, *NEEDED.get(name, []))
-    explained = {key: comment for key, _, comment in schema._explained(name)}
+    explained = {key: comment for key, _, comment in command_line._explained(name)}
     assert set(explained) - {"forget_loss"} == keys_of(cfg)
     assert all(comment for comment in explained.values())
 
@@ -62,7 +63,7 @@ def test_method_composes_checks_and_is_explained(method):
     cfg = checked("forget", f"forget_loss={method}", *NEEDED.get(method, []))
     assert cfg.forget_loss.name == method
     assert cfg.save_dir.rpartition("/")[2] == f"{method}_{cfg.lr}_forget01_{cfg.num_epochs}"
-    explained = {key for key, _, _ in schema._explained("forget", {"forget_loss": method})}
+    explained = {key for key, _, _ in command_line._explained("forget", {"forget_loss": method})}
     for key in keys_of(cfg):
         assert key in explained or key.rpartition(".")[0] in explained, key
 

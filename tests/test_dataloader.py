@@ -17,6 +17,7 @@ import dataloader
 import losses
 import models
 import references
+import scoring
 import utils
 
 
@@ -30,7 +31,7 @@ def items():
 def trainer_of(model, terms, folder, **kwargs):
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=4)
     if any(term.contract.states for term in terms):
-        kwargs |= {"block": 0, "control_vector": models.control_vector(model.config.hidden_size, 0)}
+        kwargs |= {"block": 0, "control_vector": scoring.control_vector(model.config.hidden_size, 0)}
     return dataloader.TofuTrainer(model=model, args=args, train_dataset=[0], terms=terms, **kwargs)
 
 
@@ -61,7 +62,7 @@ def prepared(name, method):
         for parameter in reference.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     if any(term.contract.states for term in terms):
-        models.train_only(model, 0, 1)
+        scoring.train_only(model, 0, 1)
     samples = items()
     everything = sorted({sample for parts, _ in samples for sample in parts.values()})
     logps = references.reference_logps(reference, everything, 3, False)
@@ -142,7 +143,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
     _, reference, terms, samples, logps = prepared("Llama", "dpo")
     for sample, value in logps.items():
         with torch.no_grad():
-            view = models.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
+            view = scoring.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
         assert value == pytest.approx(losses.sequence_logp(view).item(), abs=1e-5, rel=1e-5)
     order, engine = list(logps), models.Engine("ddp", False)
     made_from = references.logps_fingerprint(order, "model a", engine)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import forget
 import models
 import schema
+import scoring
 import utils
 
 STEPS = 4  # of 20 rows in batches of 10, two epochs
@@ -75,7 +76,7 @@ def test_rmu_trains_what_it_names(run, model_folder, tmp_path, lora):
     assert lines[-1]["forget_loss"] < lines[0]["forget_loss"]
     kept = json.loads((tmp_path / "run" / utils.CONTROL).read_text())
     assert kept["block"] == 0 and math.hypot(*kept["vector"]) == pytest.approx(1, abs=1e-6)
-    assert kept["vector"] == models.control_vector(32, 42).tolist()
+    assert kept["vector"] == scoring.control_vector(32, 42).tolist()
 
 
 def test_rmu_with_cross_entropy_on_the_retain_set(run, model_folder):

@@ -6,8 +6,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 ROWS = [
     {"utils", "losses", "metrics"},
-    {"schema", "models", "data_module", "log_formats", "report"},
-    {"inference", "optimisation"},
+    {"schema", "models", "data_module", "log_formats", "report", "scoring"},
+    {"inference", "optimisation", "command_line"},
     {"evaluate_util", "dataloader"},
     {"references"},
     {"finetune", "forget", "aggregate_eval_stat"},

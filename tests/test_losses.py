@@ -10,6 +10,7 @@ from conftest import SHARED, needs_shared
 from omegaconf import OmegaConf
 from test_configs import METHODS, checked
 
+import command_line
 import dataloader
 import losses
 import schema
@@ -170,7 +171,7 @@ def test_named_method(toy, overrides):
 
 def test_every_method_has_its_number():
     assert {overrides[0] for overrides in NAMED} == set(METHODS)
-    assert {schema.ALIASES[name] for name in schema.ALIASES} <= set(METHODS)
+    assert {command_line.ALIASES[name] for name in command_line.ALIASES} <= set(METHODS)
 
 
 def test_terms_alone(toy):

@@ -1,0 +1,294 @@
+"""The command line of every script: Hydra's, with --help out of the YAMLs' comments, and each error told once."""
+
+import contextlib
+import functools
+import inspect
+import io
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import utils
+from schema import CHECKS, CONFIG_DIR, Finetune, Forget, check, choice, no_key, one_line, told, unknown
+from utils import BadInput
+
+log = logging.getLogger(__name__)
+
+NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
+PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
+ALIASES = {  # names that people type elsewhere -> what that code runs
+    **{"GradAscent": "grad_ascent", "GradDiff": "grad_diff", "NPO": "npo_grad_diff", "DPO": "dpo_grad_diff"},
+    **{"SimNPO": "simnpo_grad_diff", "RMU": "rmu", "UNDIAL": "undial", "AltPO": "altpo", "WGA": "wga_grad_diff"},
+    **{"SatImp": "satimp_grad_diff", "CEU": "ceu", "PDU": "pdu"},
+}
+
+
+def _renamed(argv: list[str]) -> list[str]:
+    """A command line with the names of ALIASES in forget_loss=... turned into our own."""
+    found = []
+    for arg in argv:
+        key, equal, value = arg.partition("=")
+        if key.lstrip("+") == "forget_loss" and equal:
+            arg = f"{key}={','.join(ALIASES.get(name, name) for name in value.split(','))}"
+        found.append(arg)
+    return found
+
+
+def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callable:
+    """Make `main(cfg)` a script's command line: Hydra's, writing nothing by itself and telling an error once.
+
+    Args:
+        config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
+        after: called after every job that ended well (a sweep runs several in one process).
+
+    The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def main() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
+            typed = sys.argv
+            argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), False
+
+            @functools.wraps(task)
+            def job(cfg: DictConfig) -> None:
+                nonlocal broken
+                sys.argv = typed  # as versions.json tells it
+                with contextlib.redirect_stderr(stderr):
+                    _log()
+                    if argv != typed:
+                        log.info("taken as: %s", " ".join(argv[1:]))
+                    if HydraConfig.get().mode == RunMode.MULTIRUN:
+                        log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
+                    try:
+                        task(cfg)
+                    except BadInput as error:
+                        _stop(error)
+                    except Exception:  # a bug, whatever its type: it keeps its traceback
+                        broken = True
+                        raise
+                    after()
+
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    name = _named(argv, config_name)
+                    if {"--help", "-h"} & set(argv[1:]):
+                        return _help(name, task, argv[1:])
+                    _check_fits(name, config_name, argv[0])
+                    if {"--multirun", "-m"} & set(argv[1:]):
+                        _check_sweep(name, _theirs(argv[1:]))
+                    sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
+                    with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
+                        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+                except BadInput as error:
+                    _stop(error)
+                except (HydraException, OmegaConfBaseException) as error:
+                    if broken:
+                        raise
+                    _stop(BadInput(_explain(error, name)))
+                except SystemExit as end:
+                    if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
+                        _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
+                    raise
+                finally:
+                    sys.argv = typed
+                if utils.rank() == 0:
+                    sys.stderr.write(held.getvalue())
+
+        return main
+
+    return decorate
+
+
+def _overrides(scratch: str) -> list[str]:
+    """Hydra's own settings: no output folders, no log files, no change of directory."""
+    return [
+        *("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"),
+        *(f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=job${hydra:job.num}"),
+    ]
+
+
+def _ordered(args: list[str], ours: list[str]) -> list[str]:
+    """Flags first, then our overrides, then the user's, wherever they stood: argparse wants them in one piece."""
+    theirs = _theirs(args)
+    return [*(arg for arg in args if arg not in theirs), *ours, *theirs]
+
+
+def _theirs(args: list[str]) -> list[str]:
+    """The overrides on a command line."""
+    return [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
+
+
+def _check_fits(name: str, default: str, script: str) -> None:
+    """Raise BadInput if the config `name` is one of another script's than the one that takes `default`."""
+    if name == default or name not in _options():
+        return
+    kind, fits = _kind(default), [option for option in _options() if _kind(option) == _kind(default)]
+    if _kind(name) not in (kind, None):
+        raise BadInput(
+            f"--config-name={name} is another script's config: {os.path.basename(script)} takes {', '.join(fits)}"
+        )
+
+
+def _kind(name: str) -> type | None:
+    """The dataclass whose fields a config's keys are; None where they are no script's."""
+    keys = {key.split(".")[0] for key, _, _ in _explained(name)}
+    return next((kind for kind in CHECKS if keys == set(get_type_hints(kind))), None)
+
+
+def _check_sweep(name: str, overrides: list[str]) -> None:
+    """Raise BadInput if two jobs of a sweep would write to one place: said before the first of them has trained.
+
+    Silent where Hydra or the job has something else to refuse, and where only a job knows its place (${hydra:job.num}).
+    """
+    written: dict[str, list[str]] = {}
+    composed: dict[str, DictConfig] = {}
+    HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+            for job in jobs:
+                cfg = hydra.compose(name, job)
+                key = "save_dir" if "save_dir" in cfg else "save_file"
+                place = str(cfg[key])
+                if place in written:
+                    break
+                written[place], composed[place] = job, cfg
+            else:
+                return _check_jobs(name, written, composed)
+    except (HydraException, OmegaConfBaseException, LookupError):
+        return
+    swept = [one.split("=", 1)[0] for one, other in zip(job, written[place], strict=True) if one != other]
+    named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
+    said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
+    raise BadInput(f"{said}: put the swept key into it, {key}='{place}{named}'")
+
+
+def _check_jobs(name: str, written: dict[str, list[str]], composed: dict[str, DictConfig]) -> None:
+    """Raise BadInput if a job of a sweep of trainings will be refused: the others would train for hours before it."""
+    kind = _kind(name)
+    for place, job in written.items():
+        if kind in (Finetune, Forget) and not any("${hydra:" in override for override in job):
+            try:
+                check(composed[place], kind)
+            except BadInput as error:
+                raise BadInput(f"{' '.join(job)}: {error}") from None
+
+
+def _named(argv: list[str], default: str) -> str:
+    """The config's name on a command line."""
+    for i, arg in enumerate(argv):
+        if arg.startswith(("--config-name=", "-cn=")):
+            default = arg.split("=", 1)[1]
+        elif arg in ("--config-name", "-cn") and i + 1 < len(argv):
+            default = argv[i + 1]
+    return default.removesuffix(".yaml")
+
+
+def _log() -> None:
+    """Rank 0 speaks; the others only of errors."""
+    level = logging.INFO if utils.rank() == 0 else logging.ERROR
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+    )
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # DeepSpeed's calls, at every step
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    if utils.rank() > 0:  # rank 0 passes on what libraries warn of
+        warnings.simplefilter("ignore")
+        for library in ("transformers", "accelerate", "peft"):
+            logging.getLogger(library).setLevel(level)
+
+
+def _stop(error: BadInput) -> None:
+    """Tell the error and exit with 2. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
+    if utils.rank() > 0:
+        time.sleep(PATIENCE)
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def _explain(error: Exception, name: str) -> str:
+    """A composition error in one line, with what there is instead."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return unknown(group or "--config-name", option.removesuffix(".yaml"), _options(group))
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if re.search(r"[~=()]", value) and '"' not in value:
+            return f"""{error.override}: Hydra reads ~ = ( ) only in quotes of its own: '{key}="{value}"'"""
+        return f"{error.override} is no key=value that Hydra can read: {one_line(error.message.split('See http')[0])}"
+    if match := re.search(r"Could not override '([^']+)'", str(error)):
+        key = getattr(error.__cause__, "full_key", None) or match[1]
+        return no_key(key, [key for key, _, _ in _explained(name)], f" of {name}.yaml")
+    return told(error)
+
+
+def _options(group: str = "") -> list[str]:
+    """The names of the YAMLs in config/, or in one of its folders."""
+    names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return [name for name in names if name != "model_config"]
+
+
+def _explained(name: str, chosen: dict[str, str] | None = None, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, comment) of every key of a config and of what its defaults compose in, from the YAML text.
+
+    Args:
+        chosen: what the command line says; an option chosen from a group is explained instead of the default one.
+    """
+    chosen = chosen or {}
+    found: dict[str, tuple[str, str]] = {}
+    lines = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    for default in OmegaConf.load(CONFIG_DIR / f"{name}.yaml").get("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            file, _, package = default.partition("@")
+            found |= {key: rest for key, *rest in _explained(file, chosen, f"{package}." if package else "")}
+        elif not isinstance(default, str):
+            for group, option in default.items():
+                option = chosen.get(group, option)
+                choice(group, option, _options(group))
+                found[group] = (option, f"a file of config/{group}: {', '.join(_options(group))}")
+                found |= {key: rest for key, *rest in _explained(f"{group}/{option}", chosen, f"{group}.")}
+    parents: list[str] = []
+    for line in lines:
+        match = re.match(r"( *)([\w.]+):(?: +([^#\s].*?))?(?: +# (.*))?$", line)
+        if not match or match[2] == "defaults" or line.lstrip().startswith(("#", "-")):
+            continue
+        parents = [*parents[: len(match[1]) // 2], match[2]]
+        key = ".".join(parents)
+        if match[4]:
+            found[key] = (match[3] or "", match[4])
+    return [(prefix + key, *rest) for key, rest in found.items()]
+
+
+def _help(name: str, task: Callable, args: list[str]) -> None:
+    """Print the script's command lines and every key of its config with its default and its meaning."""
+    choice("--config-name", name, _options())
+    rows = _explained(name, dict(arg.split("=", 1) for arg in args if "=" in arg))
+    width = min(34, max(len(key) + len(default) for key, default, _ in rows) + 1)
+    text = [
+        inspect.getmodule(task).__doc__.strip(),
+        "",
+        f"keys of config/{name}.yaml (key=value; -m sweeps over key=a,b):",
+    ]
+    text += [f"  {f'{key}={default}':<{width}}  {comment}" for key, default, comment in rows]
+    if utils.rank() == 0:
+        sys.stdout.write("\n".join(text) + "\n")

@@ -1,0 +1,166 @@
+"""A training's forwards: what a model predicts at the scored positions of a batch, and its hidden states there."""
+
+import contextlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from losses import Scored, States
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them
+
+
+def score(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    only: Collection[str] | None = None,
+    *,
+    headless: bool = False,
+    block: int | None = None,
+) -> dict[str, Scored | States]:
+    """One forward over the samples of a batch, and what each part of it predicts at its scored positions.
+
+    Args:
+        model: a causal language model, wrapped by an engine or not.
+        batch: what `data_module.collate` makes.
+        only: the parts to read; None for all.
+        headless: stop before the output head: the views hold its inputs, (N, hidden) as the model computes them, and
+            `headed` makes logits of them.
+        block: the one whose output is the view of the batch's `states` parts. No block above it is run if no logits
+            are asked for (in GPT-NeoX and StableLM they are).
+
+    Returns:
+        One view a part, logits and states in float32 whatever the model computes in.
+    """
+    number = {name: k for k, name in enumerate(batch["parts"]) if only is None or name in only}
+    wanted = torch.isin(batch["part"], torch.tensor(list(number.values()), device=batch["part"].device))
+    rows, states = wanted.any(1), batch["states"]
+    batch = {name: batch[name][rows] for name in (*INPUTS, "targets", "part", "sample") if name in batch} | {
+        "keep": (batch["keep"] & wanted)[rows]
+    }
+    stated = {name: number.pop(name) for name in states if name in number}
+    keep = batch["keep"]  # (R, T) bool: logits of the whole vocabulary exist at these positions only
+    at = {name: keep & (batch["part"] == k) for name, k in stated.items()}
+    for positions in at.values():
+        keep = keep & ~positions
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    with (
+        _headless(model) if headless else contextlib.nullcontext(),
+        _watched(model, block, not number) if stated else contextlib.nullcontext() as outputs,
+    ):
+        # a cache would make packed samples see each other
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    logits = logits if headless else logits.float()
+    labels, part, sample = (batch[name][keep] for name in ("targets", "part", "sample"))
+    views, start = {}, 0
+    for name, k in number.items():
+        its = slice(start, start + int((part == k).sum()))
+        views[name] = Scored(logits[its], labels[its], sample[its])
+        start = its.stop
+    for name, positions in at.items():
+        views[name] = States(outputs[0][positions].float(), batch["sample"][positions])
+    return views
+
+
+@contextmanager
+def _watched(model: torch.nn.Module, block: int, to_there: bool) -> Iterator[list[torch.Tensor]]:
+    """What a block hands on in the forward inside: (R, T, hidden), the list's one entry.
+
+    Args:
+        to_there: leave out the blocks above.
+    """
+    outputs: list[torch.Tensor] = []
+    config = _whole(model).config
+    note = lambda module, args, output: outputs.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+    handle, count = blocks_of(model)[block].register_forward_hook(note), config.num_hidden_layers
+    if to_there:
+        config.num_hidden_layers = block + 1
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+        config.num_hidden_layers = count
+
+
+def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder blocks of a model of a type in PACKABLE, the first one first."""
+    return _whole(model).base_model.layers
+
+
+def block_at(config: PretrainedConfig, depth: float) -> int:
+    """The block (from 0) at a share of the depth: 0.5 is the 8th of 16."""
+    return max(1, round(depth * config.num_hidden_layers)) - 1
+
+
+def train_only(model: torch.nn.Module, block: int, count: int) -> None:
+    """Freeze everything but the MLP output projections of `block` and of the blocks below it, `count` in all.
+
+    The projection is an MLP's last linear layer, whatever a family calls it; of a model with adapters, its adapter.
+    """
+    adapted = isinstance(model, PeftModel)
+    trained = set()
+    for one in blocks_of(model)[max(0, block + 1 - count) : block + 1]:
+        linear = [module for module in one.mlp.modules() if hasattr(module, "out_features")]
+        outer = [module for module in linear if not adapted or hasattr(module, "lora_A")]
+        trained |= {id(parameter) for parameter in outer[-1].parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def control_vector(hidden: int, seed: int) -> torch.Tensor:
+    """(hidden,) rmu's direction: drawn uniformly from [0, 1)^hidden and of length 1; the same on every rank."""
+    drawn = torch.rand(hidden, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
+def _whole(model: torch.nn.Module) -> PreTrainedModel:
+    """The causal language model inside of engines' and adapters' wrappers."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+@contextmanager
+def _headless(model: torch.nn.Module) -> Iterator[None]:
+    """The model's output head hands on what it is given, and nothing comes after it."""
+    whole = _whole(model)
+    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    head.forward = lambda states: states
+    if cap is not None:
+        whole.config.final_logit_softcapping = None
+    try:
+        yield
+    finally:
+        del head.forward
+        if cap is not None:
+            whole.config.final_logit_softcapping = cap
+
+
+def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
+    """The view whose logits are made of a `headless` one's states, in float32.
+
+    Args:
+        bf16: whether the head computes in bf16 over weights of another type, as the model's forward does.
+    """
+    whole = _whole(model)
+    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    with torch.autocast(view.logits.device.type, torch.bfloat16, enabled=bf16):
+        logits = head(view.logits.to(head.weight.dtype)).float()
+    return view._replace(logits=logits if cap is None else torch.tanh(logits / cap) * cap)
+
+
+@contextmanager
+def adapter_off(model: torch.nn.Module) -> Iterator[None]:
+    """The starting model of a LoRA run: the same network, its adapters switched off, dropout too."""
+    peft = next(module for module in model.modules() if isinstance(module, PeftModel))
+    training, trained = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    model.eval()
+    try:
+        with peft.disable_adapter():
+            yield
+    finally:  # switching them on again lets all of them train
+        model.train(training)
+        for parameter, before in zip(model.parameters(), trained, strict=True):
+            parameter.requires_grad_(before)

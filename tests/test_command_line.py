@@ -1,0 +1,155 @@
+"""The command line, in this process; test_cli.py runs the real scripts."""
+
+import logging
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+import command_line
+import schema
+
+
+class TestEntry:
+    """entry() in this process; test_cli.py runs the real scripts."""
+
+    @pytest.fixture
+    def command(self, monkeypatch, tmp_path, capsys):
+        """Run a command line of a script whose job notes what it got: (exit code, stdout, stderr, jobs)."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(command_line, "_log", lambda: None)  # it would replace pytest's handlers
+        monkeypatch.setattr(command_line, "PATIENCE", 0)
+
+        def run(*args: str, job=None, name: str = "forget"):
+            jobs = []
+
+            @command_line.entry(name, after=lambda: jobs.append("after"))
+            def main(cfg):
+                """Run one job."""
+                jobs.append(cfg)
+                assert sys.argv == ["forget.py", *args], "a run's record holds what the user typed"
+                if job is not None:
+                    job(schema.check(cfg, schema.Forget))
+
+            monkeypatch.setattr(sys, "argv", ["forget.py", *args])
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            assert list(tmp_path.iterdir()) == []
+            out, err = capsys.readouterr()
+            return code, out, err, jobs
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (["lrr=3"], "lrr is no key of forget.yaml (did you mean lr?): there are forget_loss, eval, "),
+            (["eval.dssize=3"], "(did you mean eval.ds_size"),
+            (["forget_loss=dpoo"], "forget_loss=dpoo is unknown (did you mean dpo?): it may be KL, altpo, "),
+            (["forget_loss=dpoo", "--help"], "forget_loss=dpoo is unknown"),
+            (["forget_loss.forget_args={beta: 1}"], "forget_loss.forget_args.beta is no key"),
+            (["--config-name=forgets.yaml"], "--config-name=forgets is unknown (did you mean forget?): it may be "),
+            (["--config-name", "forgets", "--help"], "--config-name=forgets is unknown"),
+            (["lr"], "lr is no key=value"),
+            (["lr=[1"], "lr=[1 is no key=value"),
+            (["save_dir=~/x"], """in quotes of its own: 'save_dir="~/x"'"""),
+            (["data_path=a=b"], """in quotes of its own: 'data_path="a=b"'"""),
+            (["split=forget01,forget05"], "--multirun"),
+            (["--nonsense"], "unrecognized arguments: --nonsense"),
+            (["model_family=phy", "--cfg", "job", "--resolve"], "model_family=phy is unknown"),
+        ],
+    )
+    def test_errors_before_the_job_are_one_line(self, command, args, said):
+        code, out, err, jobs = command(*args)
+        assert (code, out, jobs) == (2, "", [])
+        assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+    def test_bad_input_in_the_job_is_one_line(self, command):
+        code, out, err, jobs = command("lr=0", job=lambda cfg: None)
+        assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")
+        assert "after" not in jobs
+
+    def test_a_bug_keeps_its_traceback(self, command):
+        """Also where its type is one that a bad command line raises."""
+        with pytest.raises(ConfigAttributeError):
+            command(job=lambda cfg: cfg.no_such_key)
+        with pytest.raises(ZeroDivisionError):
+            command(job=lambda cfg: 1 / 0)
+
+    def test_options_stand_anywhere(self, command):
+        code, _, _, (cfg, _) = command("split=forget05", "--config-name=forget_lora.yaml", "LoRA.alpha=16")
+        assert (code, cfg.split, cfg.LoRA.r, cfg.LoRA.alpha) == (0, "forget05", 8, 16)
+
+    def test_sweep_runs_every_job(self, command):
+        code, _, _, jobs = command("-m", "forget_loss=KL,dpo", "split=forget01,forget10")
+        assert code == 0 and jobs[1::2] == ["after"] * 4
+        assert [(cfg.forget_loss.name, cfg.split) for cfg in jobs[::2]] == [
+            *(("KL", "forget01"), ("KL", "forget10"), ("dpo", "forget01"), ("dpo", "forget10")),
+        ]
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (
+                ["seed=1,2", "save_dir=out"],
+                "seed=1 save_dir=out and seed=2 save_dir=out, share save_dir=out: put the swept key into it, "
+                "save_dir='out_${seed}'",
+            ),
+            (["forget_loss=KL,dpo", "save_dir=out"], "save_dir='out_${forget_loss.name}'"),
+            (["weight_decay=0,0.1", "model_path=o/m"], "_${weight_decay}'"),
+        ],
+    )
+    def test_jobs_of_a_sweep_do_not_share_a_folder(self, command, args, said):
+        code, _, err, jobs = command("-m", *args)
+        assert (code, jobs) == (2, []) and err.count("\n") == 1 and said in err, err
+
+    def test_a_sweep_may_name_its_folders_by_job(self, command):
+        assert command("--multirun", "seed=1,2", "save_dir=out${hydra:job.num}")[0] == 0
+        code, _, err, _ = command("-m", "sed=1,2", "save_dir=out")
+        assert code == 2 and "did you mean seed" in err
+
+    @pytest.mark.parametrize("name", ["finetune", "finetune_lora", "eval_everything", "aggregate_eval_stat"])
+    def test_a_config_of_another_script(self, command, name):
+        code, _, err, jobs = command(f"--config-name={name}.yaml", "model_path=o/m")
+        assert (code, jobs) == (2, [])
+        assert err == f"error: --config-name={name} is another script's config: forget.py takes forget, forget_lora\n"
+
+    def test_cfg_shows_the_config(self, command):
+        code, out, _, jobs = command("--cfg", "job", "lr=3")
+        assert code == 0 and jobs == [] and OmegaConf.create(out).lr == 3
+
+    def test_help_explains_the_chosen_method_and_config(self, command):
+        code, out, _, jobs = command("forget_loss=dpo", "--help", "--config-name=forget_lora.yaml")
+        assert code == 0 and jobs == []
+        assert "forget_loss.forget_args.beta=0.1 " in out and "LoRA.r=8 " in out and "config/forget_lora.yaml" in out
+
+    def test_other_ranks_wait_before_they_speak(self, command, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        waited = []
+        monkeypatch.setattr(command_line.time, "sleep", waited.append)
+        assert command("lrr=3")[0] == 2 and command("lr=0", job=lambda cfg: None)[0] == 2
+        assert waited == [command_line.PATIENCE] * 2
+        assert command("--help")[1] == ""
+
+    def test_what_hydra_warned_of_is_passed_on_once(self, command, monkeypatch):
+        monkeypatch.setattr(command_line.hydra, "main", lambda **_: lambda job: lambda: sys.stderr.write("careful\n"))
+        assert command()[2] == "careful\n"
+        monkeypatch.setenv("RANK", "1")
+        assert command()[2] == ""
+
+
+def test_only_rank_0_logs(monkeypatch, capsys):
+    before, level = logging.root.handlers[:], logging.root.level
+    try:
+        for rank, expected in (("0", "said\n"), ("1", "")):
+            monkeypatch.setenv("RANK", rank)
+            command_line._log()
+            logging.getLogger("ours").info("said")
+            assert capsys.readouterr().out.endswith(expected)
+    finally:
+        logging.root.handlers[:] = before
+        logging.root.setLevel(level)
