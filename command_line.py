@@ -101,7 +101,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                 except (HydraException, OmegaConfBaseException) as error:
                     if broken:
                         raise
-                    _stop(BadInput(_explain(error, name)))
+                    _stop(BadInput(_explain(error, name, argv[1:])))
                 except SystemExit as end:
                     if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
                         _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
@@ -226,7 +226,7 @@ def _stop(error: BadInput) -> None:
     sys.exit(2)
 
 
-def _explain(error: Exception, name: str) -> str:
+def _explain(error: Exception, name: str, args: list[str]) -> str:
     """A composition error in one line, with what there is instead."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -238,7 +238,8 @@ def _explain(error: Exception, name: str) -> str:
         return f"{error.override} is no key=value that Hydra can read: {one_line(error.message.split('See http')[0])}"
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         key = getattr(error.__cause__, "full_key", None) or match[1]
-        return no_key(key, [key for key, _, _ in _explained(name)], f" of {name}.yaml")
+        chosen = {group: option for group, _, option in (arg.partition("=") for arg in args) if "," not in option}
+        return no_key(key, [key for key, _, _ in _explained(name, chosen)], f" of {name}.yaml")
     return told(error)
 
 

@@ -146,12 +146,15 @@ def load_alternates(path: str, rows: list[dict[str, str]]) -> tuple[list[dict[st
         lines = [json.loads(line) for line in Path(utils.find(path)).read_text(encoding="utf-8").split("\n") if line]
         found = [({key: line[key] for key in ("question", "answer")}, line["alternate"].strip()) for line in lines]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"forget_loss.alternates={path} cannot be read ({type(error).__name__}: {error})") from None
+        raise BadInput(
+            f"forget_loss.alternates={path} cannot be read ({type(error).__name__}: {error}): it must hold lines like "
+            '{"question": "...", "answer": "...", "alternate": "..."}, as scripts/make_alternates.py writes them'
+        ) from None
     have, want = ({(row["question"], row["answer"]) for row in these} for these in ((r for r, _ in found), rows))
     if have != want:
         raise BadInput(
-            f"forget_loss.alternates={path}: {len(want - have)} rows of the forget set have none in it, and "
-            f"{len(have - want)} of its rows are not in the set: scripts/make_alternates.py makes one for a split"
+            f"forget_loss.alternates={path} was made for another split: {len(want - have)} rows of the forget set have "
+            f"none in it, and {len(have - want)} of its rows are not in the set; scripts/make_alternates.py makes one"
         )
     return [row for row, _ in found], [alternate for _, alternate in found]
 

@@ -184,10 +184,17 @@ def _tell_how(cfg: DictConfig) -> None:
     size = "null" if cfg.ds_size is None else cfg.ds_size
     log.info(
         "no forget quality: retain_result is missing, the log of a model finetuned on %s alone with the same settings. "
-        "Two commands make it: (1) python finetune.py model_family=%s data_path=%s split=%s save_dir=%s "
+        "Two commands make it: (1) python finetune.py model_family=%s data_path=%s split=%s save_dir=%s %s "
         "(2) python evaluate_util.py model_family=%s data_path=%s model_path=%s split=%s ds_size=%s "
         "generation.max_length=%s save_dir=%s/eval_%s; then retain_result=%s/eval_%s/%s",
-        *(retain, cfg.model_family, data, retain, made),
+        *(
+            retain,
+            cfg.model_family,
+            data,
+            retain,
+            made,
+            utils.recipe(cfg.model_path) or "(lr=... as the finetuned model)",
+        ),
         *(cfg.model_family, data, made, cfg.split, size, cfg.generation.max_length, made, cfg.split),
         *(made, cfg.split, AGGREGATED),
     )

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 forget.py --config-name=forget.yaml split=forget10 b
 python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05,forget10 model_family=phi
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import schema
 import scoring
 import utils
 from utils import BadInput
+
+log = logging.getLogger(__name__)
 
 
 @command_line.entry("forget", after=models.release)
@@ -75,6 +78,8 @@ def main(cfg: DictConfig) -> None:
         logps = references.starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
     steering = steer(out, model, cfg) if states else {}
+    if cfg.num_epochs <= cfg.forget_loss.get("dual_warmup_epochs", -1):
+        log.warning("forget_loss.dual_warmup_epochs: the dual variable stays as it is in all of num_epochs")
     dual = dataloader.dual_of(cfg.forget_loss, args.warmup_steps)  # the rate warms up for an epoch
     trainer = dataloader.TofuTrainer(
         model=model,
@@ -108,8 +113,12 @@ def steer(out: Path, model: PreTrainedModel, cfg: DictConfig) -> dict[str, Any]:
     block = scoring.block_at(config, cfg.forget_loss.depth)
     scoring.train_only(model, block, cfg.forget_loss.blocks)
     control = scoring.control_vector(config.hidden_size, cfg.seed)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    log.info(
+        "the output of block %d of %d is steered; only these train: %s", block + 1, config.num_hidden_layers, trained
+    )
     if utils.rank() == 0:
-        utils.write_json(out / utils.CONTROL, {"block": block, "vector": control.tolist()})
+        utils.write_json(out / utils.CONTROL, {"block": block, "trained": trained, "vector": control.tolist()})
     return {"block": block, "control_vector": control}
 
 

@@ -187,7 +187,7 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
         _fit(kind, plain)
         typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
         if missing := sorted(OmegaConf.missing_keys(typed) | OmegaConf.missing_keys(cfg)):
-            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
+            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...{MADE_BY.get(missing[0], '')}")
     except OmegaConfBaseException as error:
         raise BadInput(told(error)) from None
     checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))
@@ -199,6 +199,7 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
     return checked
 
 
+MADE_BY = {"forget_loss.alternates": ", a file that scripts/make_alternates.py makes for a split (--help)"}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
@@ -309,7 +310,7 @@ def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
 def _check_forget(cfg: DictConfig) -> None:
     _check_run(cfg)
     method = cfg.forget_loss
-    _at_least(cfg, -math.inf, "forget_loss.forget_weight", "forget_loss.retain_weight")
+    _at_least(cfg, 0, "forget_loss.forget_weight", "forget_loss.retain_weight")
     choice("forget_loss.forget", method.forget, losses.FORGET)
     if method.retain is not None:
         choice("forget_loss.retain", method.retain, losses.RETAIN)
@@ -326,6 +327,7 @@ def _check_forget(cfg: DictConfig) -> None:
     if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
+    method.lr, method.num_epochs = cfg.lr, cfg.num_epochs  # the record has one answer
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:
         cfg.eval.model_path = cfg.model_path
@@ -336,7 +338,9 @@ def _check_forget(cfg: DictConfig) -> None:
 def _check_method(cfg: DictConfig) -> None:
     """What a method's terms and its own keys ask of each other; keys that it does not have leave the config."""
     method = cfg.forget_loss
-    for key in [key for key in OF_SOME if method[key] is None]:
+    for key in [
+        key for key in OF_SOME if method[key] is None or key == "by_split"
+    ]:  # what that led to stands elsewhere
         del method[key]
     terms = {"forget": losses.contract(losses.FORGET[method.forget])}
     if method.retain is not None:
@@ -414,7 +418,7 @@ def _model_path(path: str | None, model_family: str, data_path: str) -> str:
         raise BadInput(
             f"model_path is missing, and {model_family}'s own (its ft_model_path in config/model_config.yaml), {path}, "
             f"is not there yet: make it with python finetune.py model_family={model_family} data_path={data_path} "
-            f"split=full save_dir={path}, or name another model_path"
+            f"split=full save_dir={path} lr=... num_epochs=..., with numbers that suit it, or name another model_path"
         )
     if path is None:
         raise BadInput(

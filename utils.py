@@ -175,6 +175,19 @@ def start_run(
     return _explain(cfg, folder)
 
 
+RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # what a comparable run has in common
+
+
+def recipe(path: str | None) -> str:
+    """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
+    while path is not None and (Path(path) / CONFIG).is_file():
+        cfg = OmegaConf.load(Path(path) / CONFIG)
+        if "forget_loss" not in cfg:
+            return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
+        path = cfg.get("model_path")
+    return ""
+
+
 def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...]) -> Path:
     """Make an evaluation's folder, as `start_run` does a training's; only an evaluation's own files are removed.
 

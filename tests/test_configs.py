@@ -120,7 +120,7 @@ def test_the_methods_page_repeats_the_configs():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 6 and cells[0].startswith("[`"):
             rows[cells[0].split("`")[1]] = cells
-    assert set(rows) == set(METHODS)
+    assert set(rows) == set(METHODS), "a method needs its row in docs/methods.md"
     for name, cells in rows.items():
         method = checked("forget", f"forget_loss={name}", "split=forget10", *NEEDED.get(name, [])).forget_loss
         lr, epochs = cells[4].split(", ")

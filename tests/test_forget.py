@@ -112,7 +112,7 @@ def test_the_dual_variable_moves_once_a_step(run, tmp_path, batch_size, accumula
 
 
 def test_a_dual_variable_never_falls_below_zero():
-    """METHODS.md 3.15: 100 + 5 (0.904942 - 0.3) = 103.024710; with epsilon 5 and eta 30 it is cut at 0."""
+    """100 + 5 (0.904942 - 0.3) = 103.024710; with epsilon 5 and eta 30 it is cut at 0."""
     from dataloader import Dual
 
     for epsilon, eta, expected in ((0.3, 5, 103.024710), (5, 30, 0.0)):
@@ -128,7 +128,7 @@ def test_a_task_vector_is_gone_the_other_way(run, model_folder):
     start = weights(model_folder)
     negate = ("forget_loss=task_vector", "forget_loss.negate=0.5")
     lines, saved = run(*negate)
-    _, learned = run("forget_loss=grad_ascent", "forget_loss.forget_weight=-1", name="learned")
+    _, learned = run("forget_loss=task_vector", "forget_loss.negate=-1", name="learned")
     assert lines[-1]["loss"] < lines[0]["loss"]
     for name, before in start.items():
         torch.testing.assert_close(saved[name], before - 0.5 * (learned[name] - before), rtol=0, atol=1e-6)
@@ -138,7 +138,7 @@ def test_a_task_vector_is_gone_the_other_way(run, model_folder):
 
 
 def test_task_negated_by_hand():
-    """METHODS.md 3.18."""
+    """docs/methods.md has the numbers."""
     start, finetuned = torch.tensor([1, -2, 0.5]), torch.tensor([1.5, -1, 0.25])
     assert models.task_negated(start, finetuned, 0.5).tolist() == [0.75, -2.5, 0.625]
 
@@ -189,7 +189,12 @@ def test_names_from_elsewhere(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("forget_loss=altpo",), "forget_loss.alternates is missing"),
+        (
+            ("forget_loss=altpo",),
+            "forget_loss.alternates is missing: give forget_loss.alternates=..., a file that scripts",
+        ),
+        (("forget_loss=npo", "forget_loss.retain_weight=-1"), "forget_loss.retain_weight=-1.0: it must be at least 0"),
+        (("forget_loss=npo", "forget_loss.forget_args.bta=1"), "did you mean forget_loss.forget_args.beta"),
         (("forget_loss=altpo", "forget_loss.alternates=nowhere"), "no such file; scripts/make_alternates.py"),
         (
             ("forget_loss=npo", "forget_loss.retain=embed_diff"),
@@ -229,7 +234,9 @@ def test_a_sweep_is_refused_before_its_first_job(run, capsys, tmp_path):
 def test_alternates_of_another_split_are_refused(run, capsys, alternates):
     with pytest.raises(SystemExit, match="2"):
         run("forget_loss=altpo", f"forget_loss.alternates={alternates}", "split=forget10")
-    assert "20 rows of the forget set have none in it, and 0 of its rows are not in the set" in error_of(capsys)
+    assert "made for another split: 20 rows of the forget set have none in it, and 0 of its rows are not" in error_of(
+        capsys
+    )
 
 
 def test_a_term_that_is_not_finite_stops_the_run(run, capsys, tmp_path):

@@ -30,7 +30,7 @@ def view(logits, labels, attended=None) -> Scored:
 
 @pytest.fixture(scope="module")
 def toy() -> dict:
-    """METHODS.md's fixture, built from its formula: logits for forget, retain and alternate rows of two models."""
+    """The worked example of docs/methods.md: logits and states of forget, retain and alternate rows of two models."""
 
     def grid(a, b, c, d):
         i, t, v = torch.meshgrid(torch.arange(2), torch.arange(5), torch.arange(6), indexing="ij")
@@ -114,7 +114,7 @@ def value(loss, toy, **numbers) -> float:
     return loss(**{**arguments(loss, toy), **numbers}).mean().item()
 
 
-# METHODS.md section 10, and the numbers of its section 3 that a switch leads to: overrides -> value
+# what each name means on the worked example, and what the switches of docs/methods.md lead to: overrides -> value
 NAMED = {
     ("grad_ascent",): -0.857549,
     ("grad_diff",): 0.047393,
@@ -175,7 +175,7 @@ def test_every_method_has_its_number():
 
 
 def test_terms_alone(toy):
-    """METHODS.md sections 2, 3.10 and 3.15."""
+    """Single terms of those methods."""
     assert value(losses.nll, toy) == pytest.approx(0.904942, abs=1e-6)
     assert value(losses.kl, toy) == pytest.approx(0.293448, abs=1e-6)
     assert value(losses.kl_completion, toy) == pytest.approx(0.242579, abs=1e-6)

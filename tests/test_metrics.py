@@ -50,7 +50,7 @@ def test_golden_rows(model):
 
 
 def test_worked_numbers():
-    """METHODS.md 6.1 and 6.3: mean losses of two rows, three wrong answers each."""
+    """mean losses of two rows, three wrong answers each."""
     wrong = [np.array([1, 3, 2.6]), np.array([2, 1.5, 4])]
     assert metrics.probability([0.801627, 0.941432]) == pytest.approx([0.448599, 0.390069], abs=1e-6)
     assert metrics.probability([0.7, 1.2], wrong) == pytest.approx([0.502350, 0.444255], abs=1e-6)
@@ -71,7 +71,7 @@ def test_worked_numbers():
 
 
 def test_harmonic_mean():
-    """METHODS.md 6.4."""
+    """A harmonic mean, worked by hand."""
     nine = [0.9895, 0.9857, 0.4747, 0.4555, 0.9330, 0.5962, 0.4186, 0.8825, 0.5390]
     assert metrics.harmonic_mean(nine) == pytest.approx(0.622684, abs=1e-6)
     assert metrics.harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3) and metrics.harmonic_mean([0.5, 0.0]) == 0
@@ -79,7 +79,7 @@ def test_harmonic_mean():
 
 @pytest.mark.parametrize(("n", "least"), [(40, 1.86e-23), (200, 1.94e-119), (300, 1.48e-179), (400, 1.06e-239)])
 def test_forget_quality_is_exact(n, least):
-    """METHODS.md 6.5: two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
+    """two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
     low, high = one_log(1.0, [2.0], rows=n), one_log(2.0, [1.0], rows=n)
     quality = metrics.forget_quality(low, high)
     assert quality.statistic == 1 and quality.n == n
