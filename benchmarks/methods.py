@@ -13,9 +13,9 @@ work, not which is best.
 
 Runs are in --work; one that is complete is used as it is. After a change that moves numbers, name another folder.
 
-`altpo`: the model is too small to write alternates, and its 512 positions are less than the prompt that asks for them.
-A row's are the answers that the two invented authors of holdout10 have to the same question, with the row's own author
-put for them: believable, false, and in no split that is trained on or evaluated here.
+`altpo`: what scripts/make_alternates.py draws from this model are no sentences (its prompt, 440 tokens, is longer than
+any text the model has read). A row's alternates are the answers that the two invented authors of holdout10 have to the
+same question, with the row's own author put for them: believable, false, and in no split trained on or evaluated here.
 """
 
 import argparse

@@ -93,7 +93,7 @@ def test_lora_config_differs_in_three_keys(name):
     full, lora = checked(name), checked(f"{name}_lora")
     assert {key for key in keys_of(full) if OmegaConf.select(full, key) != OmegaConf.select(lora, key)} == {
         *("LoRA.r", "lr", "save_dir"),
-        *({"eval.save_dir"} if name == "forget" else set()),
+        *({"eval.save_dir", "forget_loss.lr"} if name == "forget" else set()),
     }
     assert (lora.LoRA.r, lora.lr) == (8, 1e-4)
 

@@ -194,7 +194,7 @@ def test_the_embedded_model_is_not_made_yet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils, "REPO", tmp_path)
     assert (
-        "python finetune.py model_family=tiny data_path=data/mini split=full save_dir=runs/tiny/full, or name another"
+        "python finetune.py model_family=tiny data_path=data/mini split=full save_dir=runs/tiny/full lr=..."
     ) in refused("forget", "model_family=tiny", "data_path=data/mini", f"ds_config={schema.CONFIG_DIR}/ds_config.json")
     (tmp_path / "runs/tiny/full").mkdir(parents=True)
     cfg = checked("forget", "model_family=tiny", f"ds_config={schema.CONFIG_DIR}/ds_config.json")
