@@ -127,3 +127,7 @@ def test_the_methods_page_repeats_the_configs():
         assert (float(lr), int(epochs)) == (method.lr, method.num_epochs), name
         value = next(number for (its, *more), number in NAMED.items() if its == name and len(more) <= 1)
         assert name == "task_vector" or float(cells[5]) == pytest.approx(value, abs=1e-6), name
+
+
+def test_every_method_has_a_learning_rate_for_the_tiny_model():
+    assert set(OmegaConf.load(CONFIG_DIR.parent / "benchmarks" / "tiny_lrs.yaml")) == set(METHODS)
