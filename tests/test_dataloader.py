@@ -117,6 +117,17 @@ def test_logits_in_pieces_are_the_whole_ones(monkeypatch, tmp_path, name, method
     assert torch.equal(step(trainer, samples)[0], whole[0])
 
 
+def test_adapters_that_are_frozen_stay_so():
+    """Switching adapters off for the reference and on again lets peft train all of them; the method's choice stands."""
+    model = models.add_lora(make("Llama"), r=2, alpha=2, dropout=0.0)
+    scoring.train_only(model, 1, 1)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 and all("layers.1.mlp.down_proj.lora_" in name for name in trained)
+    with scoring.adapter_off(model):
+        pass
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+
+
 def test_flash_attention_gets_one_row():
     """It tells samples apart by their positions in a batch of one row only."""
     config = make("Llama").config

@@ -51,3 +51,14 @@ def test_overwriting_leaves_runs_in_folders_of_their_own(tmp_path):
     start(tmp_path / "other")
     start(tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "other", "versions.json"]
+
+
+def test_a_recipe_is_the_finetuned_models(tmp_path):
+    """Of an unlearned model: that of the model it began with; of a folder without a record, nothing."""
+    made = {"lr": 7e-4, "num_epochs": 10, "batch_size": 16, "gradient_accumulation_steps": 1, "split": "full"}
+    for name, cfg in (("full", made), ("npo", {"lr": 1e-4, "forget_loss": {}, "model_path": str(tmp_path / "full")})):
+        (tmp_path / name).mkdir()
+        OmegaConf.save(OmegaConf.create(cfg), tmp_path / name / utils.CONFIG)
+    expected = "lr=0.0007 num_epochs=10 batch_size=16 gradient_accumulation_steps=1"
+    assert utils.recipe(str(tmp_path / "full")) == utils.recipe(str(tmp_path / "npo")) == expected
+    assert utils.recipe(str(tmp_path)) == utils.recipe("owner/model") == utils.recipe(None) == ""
