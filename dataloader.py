@@ -1,11 +1,10 @@
-"""The Trainer subclasses: a step's loss as the exact mean over its global batch, on every engine; and the engines.
+"""The Trainer subclass: a step's loss as the exact mean over its global batch, on every engine.
 
 What a loss needs follows from its signature (`losses.contract`): the parts of the batch, the positions scored, the
 reference. The file's name is TOFU's.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,6 @@ from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, col
 from losses import Scored, States
 from models import Engine
 from utils import BadInput
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,9 @@ def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tens
 
 
 def answered(view: Scored) -> Scored:
-    """The completion positions of a view that may hold all attended ones, because another term reads them."""
+    """The completion positions of a view that holds all attended ones, because another term reads them."""
     scored = view.labels != IGNORE
-    return view if bool(scored.all()) else Scored(view.logits[scored], view.labels[scored], view.sample[scored])
+    return Scored(view.logits[scored], view.labels[scored], view.sample[scored])
 
 
 class TofuTrainer(Trainer):
@@ -163,8 +160,9 @@ class TofuTrainer(Trainer):
         self.attended, self.states = (
             frozenset(part for part, kind in kinds if kind == wanted) for wanted in ("attended", "states")
         )
-        self.block, self.control_vector, self.dual, self.gradient_norms = block, control_vector, dual, gradient_norms
+        self.block, self.dual, self.gradient_norms = block, dual, gradient_norms
         super().__init__(data_collator=self._collate, **kwargs)
+        self.control_vector = None if control_vector is None else control_vector.to(self.args.device)
         self._running: dict[str, Tensor] = {}  # since the last line of the log
         self._step: dict[str, Tensor] = {}  # since the last optimiser step
         self._gradients: dict[str, list[Tensor]] = {}
@@ -281,10 +279,12 @@ class TofuTrainer(Trainer):
         sums = []
         for term in self.terms:
             contract = term.contract
-            kinds = {**contract.parts, **contract.refs}
-            given = {name: answered(views[name]) if kinds[name] == "completion" else views[name] for name in kinds}
+            given = {}
+            for name, kind in {**contract.parts, **contract.refs}.items():
+                more = kind == "completion" and name.removeprefix("ref_") in self.attended
+                given[name] = answered(views[name]) if more else views[name]
             if contract.control:
-                given["control"] = self.control_vector.to(weight.device)
+                given["control"] = self.control_vector
             values = term.function(**given, **term.args)
             of = {name: given[name].sample for name in contract.parts}
             sums.append((values * weights_of(term, of, weight)).sum())
@@ -426,8 +426,7 @@ def check_trainable(cfg: Any, family: Any, path: str, engine: Engine, states: bo
     """
     attention = models.attention_of(family, cfg.attention)
     keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
-    keys["states"] = states
-    models.check_loadable(path, engine, attention, **keys)
+    models.check_loadable(path, engine, attention, states=states, **keys)
     return attention
 
 

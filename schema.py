@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import logging
 import math
 import os
 import re
@@ -17,8 +16,6 @@ import losses
 import metrics
 import utils
 from utils import BadInput
-
-log = logging.getLogger(__name__)
 
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
@@ -230,6 +227,7 @@ def _words(hint: Any) -> str:
 
 
 def one_line(error: object) -> str:
+    """An error's text without its line breaks."""
     return " ".join(str(error).split())
 
 
@@ -242,6 +240,7 @@ def told(error: BaseException) -> str:
 
 
 def unknown(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """The line that refuses a value: the nearest of those allowed, and all of them."""
     allowed = list(allowed)
     near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""

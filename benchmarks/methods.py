@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from omegaconf import OmegaConf  # noqa: E402
-from protocol import ABOUT  # noqa: E402
+from protocol import ABOUT, reason  # noqa: E402
 from results import tell  # noqa: E402
 
 import data_module  # noqa: E402
@@ -93,12 +93,7 @@ def process(peak: Path, script: str, *args: str) -> str | None:
     )
     if peak.is_file():
         peak.write_text(str(max(kept, float(peak.read_text()))))
-    if done.returncode == 0:
-        return None
-    if done.returncode != 2:  # no refusal: somebody will want the traceback
-        print(done.stderr[-3000:], file=sys.stderr)
-    told = re.findall(r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)", done.stderr, re.MULTILINE)
-    return told[-1].replace(f"{REPO}/", "").replace("|", "/") if told else f"exit code {done.returncode}"
+    return reason(done, REPO)
 
 
 def complete(folder: Path, *inputs: Path) -> bool:

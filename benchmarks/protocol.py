@@ -76,6 +76,16 @@ def stage(script: str, *args: str) -> None:
         Path(about["peak"]).write_text(str(peak / 1e9))
 
 
+def reason(done: subprocess.CompletedProcess, folder: Path) -> str | None:
+    """Why a process ended badly, in its own words, without the path of `folder`; None: it did not."""
+    if done.returncode == 0:
+        return None
+    if done.returncode != 2:  # no refusal: somebody will want the traceback
+        print(done.stderr[-3000:], file=sys.stderr)
+    told = re.findall(r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)", done.stderr, re.MULTILINE)
+    return told[-1].replace(str(folder), ".").replace("|", "/") if told else f"exit code {done.returncode}"
+
+
 def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
     """One process: `script` in `folder`, where `model` is the family's."""
     from eval_speed import FAMILY
@@ -89,12 +99,7 @@ def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
     command = [sys.executable, str(Path(__file__).resolve()), "--stage", script, *args]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    seconds, why = time.perf_counter() - start, None
-    if done.returncode:
-        told = re.findall(r"^(?:error: |(?=[\w.]*(?:Error|Exception)\b))(.+)", done.stderr, re.MULTILINE)
-        why = told[-1].replace(str(folder), ".").replace("|", "/") if told else f"exit code {done.returncode}"
-        if done.returncode != 2:  # no refusal: somebody will want the traceback
-            print(done.stderr[-3000:], file=sys.stderr)
+    seconds, why = time.perf_counter() - start, reason(done, folder)
     print(f"{name}: {f'not run: {why}' if why else f'{seconds:.1f} s'}", flush=True)
     return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why)
 
@@ -103,21 +108,15 @@ def write_model(size: str, folder: Path) -> None:
     """Random weights, always the same; bf16 where they are large, which every precision can be loaded from."""
     import torch
     from eval_speed import GOLDEN
-    from train_speed import SIZES
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from train_speed import SIZES, llama
+    from transformers import AutoModelForCausalLM
 
     import models
 
     tokenizer = models.load_tokenizer(str(GOLDEN), None)
-    hidden, layers, heads, kv_heads, intermediate = (SIZES | LARGER)[size]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY if size in BIG else len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
+    config = llama(
+        (SIZES | LARGER)[size],
+        VOCABULARY if size in BIG else len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=size in TIED,

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -138,21 +139,25 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def llama(shape: tuple[int, int, int, int, int], vocabulary: int, **more: Any) -> LlamaConfig:
+    """A Llama of a shape of SIZES."""
+    hidden, layers, heads, kv_heads, intermediate = shape
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        **more,
+    )
+
+
 def make_model(size: str, vocabulary: int) -> LlamaForCausalLM:
     """Random weights, always the same."""
     torch.manual_seed(0)
-    hidden, layers, heads, kv_heads, intermediate = SIZES[size]
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=512,
-        )
-    )
+    return LlamaForCausalLM(llama(SIZES[size], vocabulary))
 
 
 class Job:

@@ -284,7 +284,7 @@ def main() -> None:
     try:
         run(args)
     except BadInput as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {schema.one_line(error)}\n")
         sys.exit(2)
 
 
