@@ -5,6 +5,7 @@ reference. The file's name is TOFU's.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 import losses
 import models
@@ -23,6 +24,8 @@ from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, col
 from losses import Scored, States
 from models import Engine
 from utils import BadInput
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,27 +79,29 @@ def needs_of(terms: list[Term]) -> set[str]:
 
 @dataclass
 class Dual:
-    """The dual variable of a constraint retain <= epsilon: it takes the place of the retain term's weight.
+    """The dual variable of a constraint, retain <= the term's bound: it takes the place of the retain term's weight.
 
     Source: Entesari et al. 2025, arXiv 2506.05314; updated once an optimiser step from the global mean.
     """
 
     value: float
-    epsilon: float
     eta: float
     warmup: int  # optimiser steps in which it stays
 
-    def update(self, retain: float, step: int) -> None:
-        """Move it after optimiser step `step` (1 is the first), whose mean retain loss is `retain`."""
+    def update(self, excess: float, step: int) -> None:
+        """Move it after optimiser step `step` (1 is the first), whose mean retain loss is `excess` above the bound."""
         if step > self.warmup:
-            self.value = max(0.0, self.value + self.eta * (retain - self.epsilon))
+            self.value = max(0.0, self.value + self.eta * excess)
 
 
-def dual_of(method: Any, steps: int) -> Dual | None:
-    """The dual variable of a `config/forget_loss` file that has one; `steps`: optimiser steps in an epoch."""
+def dual_of(method: Any, args: TrainingArguments) -> Dual | None:
+    """The dual variable of a `config/forget_loss` file that has one."""
     if "epsilon" not in method:
         return None
-    return Dual(method.retain_weight, method.epsilon, method.eta, method.dual_warmup_epochs * steps)
+    if args.num_train_epochs <= method.dual_warmup_epochs:
+        log.warning("forget_loss.dual_warmup_epochs: the dual variable stays as it is in all of num_epochs")
+    steps = args.warmup_steps  # of an epoch: the learning rate warms up for one (optimisation.arguments)
+    return Dual(method.retain_weight, method.eta, method.dual_warmup_epochs * steps)
 
 
 def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tensor:
@@ -267,7 +272,8 @@ class TofuTrainer(Trainer):
         """After each optimiser step, on every rank."""
         if self.dual is not None:
             retain = self.accelerator.reduce(self._step["retain"].reshape(1), "mean").item()
-            self.dual.update(retain, self.state.global_step)
+            bound = next(term.bound for term in self.terms if term.name == "retain")
+            self.dual.update(retain - bound, self.state.global_step)
         self._norms = {}
         for name, gradients in self._gradients.items():
             whole = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
@@ -423,7 +429,12 @@ def check_trainable(cfg: Any, family: Any, path: str, engine: Engine, states: bo
 
     Returns:
         The attention to load it with.
+
+    Raises:
+        BadInput: also for gradient norms where an engine shards the gradients.
     """
+    if cfg.get("log_gradient_norms") and engine.name != "ddp":
+        raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {engine.name}")
     attention = models.attention_of(family, cfg.attention)
     keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
     models.check_loadable(path, engine, attention, states=states, **keys)

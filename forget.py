@@ -6,7 +6,6 @@ python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05
 """
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import references
 import schema
 import scoring
 import utils
-from utils import BadInput
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +37,16 @@ def main(cfg: DictConfig) -> None:
     data = training_set(cfg, tokenizer, dataloader.parts_of(terms))
     states = any(term.contract.states for term in terms)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+    evaluates = cfg.eval_only or cfg.eval_while_train
     if cfg.eval_only:
         models.check_loadable(path, engine)
     else:
         attention = dataloader.check_trainable(cfg, family, path, engine, states)
-    evaluates = cfg.eval_only or cfg.eval_while_train
     evaluator = evaluate_util.Evaluator(cfg.eval, tokenizer, cfg.forget_loss.name, "eval.") if evaluates else None
     if cfg.eval_only:
         out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(path,))
         model = models.load_frozen(path, engine)
         return utils.finish_run(out, evaluator(model, out / "checkpoint-0", engine.sharded))
-    if cfg.log_gradient_norms and engine.name != "ddp":
-        raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {engine.name}")
     args = optimisation.arguments(
         cfg.save_dir,
         samples=len(data),
@@ -58,53 +54,34 @@ def main(cfg: DictConfig) -> None:
         gradient_checkpointing=family.gradient_checkpointing,
         **{key: cfg[key] for key in optimisation.ARGUMENTS},
     )
-
-    needs = dataloader.needs_of(terms)
-    keep = (utils.REFERENCE,) if "logp" in needs else ()
+    keep = (utils.REFERENCE,) if "logp" in dataloader.needs_of(terms) else ()
     read = (path, *([utils.find(cfg.forget_loss.alternates)] if "alternates" in cfg.forget_loss else []))
     out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
-    trained_in = optimisation.weights_type(engine, cfg.LoRA, cfg.optim)
-    loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
-    load_frozen = partial(models.load_frozen, path, engine, **loading)
-    # with LoRA the live one is the model itself, adapters off: there is never a second copy that nothing needs
-    frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
-    logps = None
-    if "logp" in needs:
-        samples, identity = references.compared(data, terms, cfg.num_epochs), ""
-        if utils.rank() == 0:
-            identity = models.identity(path)
-        made_from = references.logps_fingerprint(samples, identity, engine, **{k: str(v) for k, v in loading.items()})
-        starting = load_frozen if frozen is None else lambda: frozen
-        logps = references.starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
+    compares = references.of_run(out, cfg, path, engine, attention, data, terms)
     model = dataloader.load_model(path, engine, cfg.LoRA, attention, cfg.optim)
-    steering = steer(out, model, cfg) if states else {}
-    if cfg.num_epochs <= cfg.forget_loss.get("dual_warmup_epochs", -1):
-        log.warning("forget_loss.dual_warmup_epochs: the dual variable stays as it is in all of num_epochs")
-    dual = dataloader.dual_of(cfg.forget_loss, args.warmup_steps)  # the rate warms up for an epoch
+    dual = dataloader.dual_of(cfg.forget_loss, args)
     trainer = dataloader.TofuTrainer(
         model=model,
         args=args,
         train_dataset=data,
         terms=terms,
-        reference=frozen,
-        logps=logps,
         packing=cfg.packing,
         dual=dual,
         gradient_norms=cfg.log_gradient_norms,
-        **steering,
+        **compares,
+        **(steer(out, model, cfg) if states else {}),
         **optimisation.stochastic(cfg.optim, args),
     )
     if evaluator is not None:
         at_step = lambda step: evaluator(trainer.model, out / f"checkpoint-{step}", engine.sharded)  # noqa: E731
         trainer.add_callback(dataloader.EachEpoch(at_step))
     trained = dataloader.fit(trainer)
-    if dual is not None:
-        trained["dual"] = dual.value
     if cfg.save_model:
         away = {"start": path, "alpha": cfg.forget_loss.negate} if "negate" in cfg.forget_loss else None
         models.save(trainer.model, tokenizer, out, bf16=engine.bf16, away=away)
+    left = {} if dual is None else {"dual": dual.value}
     scores = evaluator.scores if evaluator is not None else {}
-    utils.finish_run(out, {**trained, **scores})
+    utils.finish_run(out, {**trained, **left, **scores})
 
 
 def steer(out: Path, model: PreTrainedModel, cfg: DictConfig) -> dict[str, Any]:

@@ -1,18 +1,23 @@
-"""The starting model's log-probabilities of what a run compares with it: computed once, kept beside the run."""
+"""What a run compares with: the starting model beside it, or log-probabilities, computed once and kept with the run."""
 
 import gc
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from omegaconf import DictConfig
 
+import dataloader
 import evaluate_util
 import losses
+import models
+import optimisation
 import scoring
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
@@ -108,3 +113,34 @@ def starting_logps(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return logps
+
+
+def of_run(
+    out: Path,
+    cfg: DictConfig,
+    path: str,
+    engine: Engine,
+    attention: str | None,
+    data: TrainingSet,
+    terms: Sequence[dataloader.Term],
+) -> dict[str, Any]:
+    """What the Trainer is given of the starting model.
+
+    Returns:
+        reference: the frozen model, where a term reads its distributions or states and all weights train. With LoRA the
+            live one is the model itself, adapters off: there is never a second copy that nothing needs.
+        logps: sample -> nats, where a term compares with them.
+    """
+    needs = dataloader.needs_of(terms)
+    trained_in = optimisation.weights_type(engine, cfg.LoRA, cfg.optim)
+    loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
+    load_frozen = partial(models.load_frozen, path, engine, **loading)
+    frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
+    logps = None
+    if "logp" in needs:
+        samples = compared(data, terms, cfg.num_epochs)
+        identity = models.identity(path) if utils.rank() == 0 else ""
+        made_from = logps_fingerprint(samples, identity, engine, **{key: str(value) for key, value in loading.items()})
+        starting = load_frozen if frozen is None else lambda: frozen
+        logps = starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
+    return {"reference": frozen, "logps": logps}

@@ -112,14 +112,14 @@ def test_the_dual_variable_moves_once_a_step(run, tmp_path, batch_size, accumula
 
 
 def test_a_dual_variable_never_falls_below_zero():
-    """100 + 5 (0.904942 - 0.3) = 103.024710; with epsilon 5 and eta 30 it is cut at 0."""
+    """100 + 5 (0.904942 - 0.3) = 103.024710; with a bound of 5 and eta 30 it is cut at 0."""
     from dataloader import Dual
 
-    for epsilon, eta, expected in ((0.3, 5, 103.024710), (5, 30, 0.0)):
-        dual = Dual(100.0, epsilon, eta, warmup=3)
-        dual.update(0.904942, 3)
+    for bound, eta, expected in ((0.3, 5, 103.024710), (5, 30, 0.0)):
+        dual = Dual(100.0, eta, warmup=3)
+        dual.update(0.904942 - bound, 3)
         assert dual.value == 100
-        dual.update(0.904942, 4)
+        dual.update(0.904942 - bound, 4)
         assert dual.value == pytest.approx(expected, abs=1e-6)
 
 
