@@ -26,7 +26,7 @@ from models import Engine
 log = logging.getLogger(__name__)
 
 
-def compared(data: TrainingSet, terms: Sequence[Any], num_epochs: int) -> list[Sample]:
+def compared(data: TrainingSet, terms: Sequence[dataloader.Term], num_epochs: int) -> list[Sample]:
     """Every sequence whose log-probability under the starting model a run needs, shortest first.
 
     Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.

@@ -1,21 +1,29 @@
-"""Every method of config/forget_loss on the embedded default: python benchmarks/methods.py [--methods NAME ...]
+"""What the methods do to one finetuned model: python benchmarks/methods.py [--on mini|tofu] [--methods NAME ...]
 
-Each unlearns forget10 of data/mini from one finetuned model of the family `tiny`, with several seeds and the learning
-rates of benchmarks/tiny_lrs.yaml, and is evaluated beside the finetuned model and the oracle, which never saw forget10.
-A process a method makes the runs of all seeds, another evaluates them: a peak is of the first, seconds are of training
-alone, without imports, loading and the reference's log-probabilities.
+    mini  the embedded default: every method unlearns forget10 of data/mini from the family `tiny`
+    tofu  the real data: forget01, forget05 and forget10 from a small Llama that finetune.py trains from random weights
 
-Below the table, of each method: its forget term over the first and the last pass of the forget rows. It is minimised,
-so it should end lower; those of `wga` and `satimp` need not, being 0 both where a token is known and where it is
+Each run is evaluated beside the finetuned model and the oracle, which never saw the forget set. Learning rates are in
+benchmarks/tiny_lrs.yaml and tofu_lrs.yaml. A process makes the runs of all seeds of a method and a split, another
+evaluates them: a peak is of the first, seconds are of training alone, without imports, loading and the reference's
+log-probabilities.
+
+Below a table, of each method: its forget term over the first and the last pass of the forget rows. It is minimised, so
+it should end lower; those of `wga` and `satimp` need not, being 0 both where a token is known and where it is
 forgotten. And the utility of methods with a retain term beside `grad_ascent`'s, and beside the same forget term's
-without one. Each has its own learning rate there, and all were chosen by these scores: the table shows that the methods
-work, not which is best.
+without one. Rates of mini were chosen for each method by these scores: its table shows that the methods work, not
+which is best. On tofu all have one rate, as in the papers, and the order that those report is said to be seen or not.
 
 Runs are in --work; one that is complete is used as it is. After a change that moves numbers, name another folder.
 
-`altpo`: what scripts/make_alternates.py draws from this model are no sentences (its prompt, 440 tokens, is longer than
-any text the model has read). A row's alternates are the answers that the two invented authors of holdout10 have to the
-same question, with the row's own author put for them: believable, false, and in no split trained on or evaluated here.
+mini: what scripts/make_alternates.py draws from `tiny` for `altpo` are no sentences (its prompt, 440 tokens, is longer
+than any text the model has read). A row's alternates are the answers that the two invented authors of holdout10 have to
+the same question, with the row's own author put for them: believable, false, and in no split trained on or evaluated.
+
+tofu needs ../shared (the data, a tokenizer of 2,000 words). Random weights know no real authors and no world facts, and
+with these unknown model utility is 0 whatever is forgotten. So the rows of real_authors and world_facts are added to
+what the finetuned model and the oracles learn, and to nothing else. This model is small and knows nothing but its rows:
+larger, pretrained models may behave otherwise. `altpo` is not among its methods: it has no alternates to take.
 """
 
 import argparse
@@ -25,6 +33,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,18 +41,17 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from omegaconf import OmegaConf  # noqa: E402
-from protocol import ABOUT, reason  # noqa: E402
+from protocol import ABOUT, reason, write_model, write_splits  # noqa: E402
 from results import tell  # noqa: E402
 
 import data_module  # noqa: E402
 import losses  # noqa: E402
 import utils  # noqa: E402
 
-FAMILY, DATA, SPLIT, RETAIN = "tiny", "data/mini", "forget10", "retain90"
-FINETUNE = ("lr=7e-4", "num_epochs=10", "logging_steps=50")  # scripts/demo.sh's
-BATCH, ROWS = 8, 40
-LRS = Path(__file__).with_name("tiny_lrs.yaml")
+BATCH = 8
 ALTERNATES = 2  # a row
+SHAPE, INIT = (256, 4, 4, 4, 704), 0.06  # as train_speed.SIZES; the weights' spread, for a model as narrow as this
+FACTS, FACT_COPIES = ("real_authors", "world_facts"), 2
 COLUMNS = {  # of the table -> name in finished.json
     "model utility": "Model Utility",
     "forget quality": "Forget Quality",
@@ -52,6 +60,21 @@ COLUMNS = {  # of the table -> name in finished.json
 }
 KNOWN = "Prob. Forget"  # the forget answers' probability, of a token
 BASELINE = "grad_ascent"  # what a retain term should do better than
+GENTLE = ("npo", "simnpo")  # keep more utility, as arXiv 2404.05868 and 2410.07163 report
+COLLAPSED = 0.1  # of the finetuned model's utility, or less
+
+
+class Setting(NamedTuple):
+    """What the methods are compared on."""
+
+    family: str
+    model: Path  # the pretrained one, or one of random weights
+    data: str
+    learn: str  # the data to finetune on, where it holds more than `data`
+    oracles: dict[str, str]  # the split to forget -> the split that its oracle learns
+    finetune: tuple[str, ...]
+    lrs: Path
+    seeds: int
 
 
 class Runs(NamedTuple):
@@ -80,14 +103,53 @@ def plain(one, method) -> bool:
     return one.forget == method.forget and not has_retain(one) and "alternates" not in method.keys()  # noqa: SIM118
 
 
-def process(peak: Path, script: str, *args: str) -> str | None:
+def settings(on: str, work: Path) -> Setting:
+    """See the file's docstring."""
+    from eval_speed import FAMILY, SHARED
+
+    here = Path(__file__)
+    if on == "mini":
+        oracles = {"forget10": "retain90"}
+        model, data = REPO / "data" / "tiny", str(REPO / "data" / "mini")
+        finetune = ("lr=7e-4", "num_epochs=10", "logging_steps=50")  # scripts/demo.sh's
+        return Setting("tiny", model, data, data, oracles, finetune, here.with_name("tiny_lrs.yaml"), 3)
+    oracles = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+    finetune = ("lr=1.5e-3", "num_epochs=10", "batch_size=4", "max_grad_norm=1", "logging_steps=50")
+    data, learn, lrs = str(SHARED / "tofu"), str(work / "learn"), here.with_name("tofu_lrs.yaml")
+    return Setting(FAMILY, work / "random", data, learn, oracles, finetune, lrs, 1)
+
+
+def prepare(setting: Setting) -> None:
+    """Make the model and the data to start from, where they are missing."""
+    if not (setting.model / "config.json").is_file():
+        if setting.family == "tiny":
+            subprocess.run([sys.executable, str(REPO / "scripts" / "make_tiny.py")], check=True)
+        else:
+            setting.model.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=setting.model.parent) as aside:
+                write_model(Path(aside) / "model", SHAPE, initializer_range=INIT, tie_word_embeddings=True)
+                os.replace(Path(aside) / "model", setting.model)
+    if setting.learn != setting.data and not (Path(setting.learn) / "README.md").is_file():
+        write_learned(setting.data, ["full", *setting.oracles.values()], Path(setting.learn))
+
+
+def write_learned(data: str, splits: list[str], folder: Path) -> None:
+    """The splits with the true facts added to each, as a data folder."""
+    columns = ("question", "answer")
+    facts = [row for split in FACTS for row in data_module.load_rows(data, split, columns)]
+    rows = {split: data_module.load_rows(data, split, columns) + facts * FACT_COPIES for split in splits}
+    write_splits(folder, {split: [json.dumps(row) for row in of] for split, of in rows.items()})
+
+
+def process(setting: Setting, peak: Path, script: str, *args: str) -> str | None:
     """One process of a script, whose peak memory goes to a file; None, or why it ended badly."""
     kept = float(peak.read_text()) if peak.is_file() else 0.0  # of the runs that an interrupted process has made
     peak.parent.mkdir(parents=True, exist_ok=True)
-    about = {"family": FAMILY, "model": f"data/{FAMILY}", "checkpointing": False, "peak": str(peak)}
+    about = {"family": setting.family, "model": str(setting.model), "checkpointing": False, "peak": str(peak)}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(Path(__file__).with_name("protocol.py")), "--stage", script, *args]
-    command += [f"model_family={FAMILY}", f"data_path={DATA}"]
+    data = setting.learn if script == "finetune.py" else setting.data
+    command += [f"model_family={setting.family}", f"data_path='{data}'"]
     done = subprocess.run(
         command, env={**quiet, **os.environ, ABOUT: json.dumps(about)}, capture_output=True, text=True
     )
@@ -104,35 +166,36 @@ def complete(folder: Path, *inputs: Path) -> bool:
     )
 
 
-def evaluate(work: Path, folders: list[Path]) -> str | None:
-    """Evaluate the models that are not yet, each into its folder's `eval`, in one process."""
-    oracle, least = work / RETAIN, ()
+def evaluate(setting: Setting, work: Path, split: str, folders: list[Path]) -> str | None:
+    """Evaluate the models that are not yet, each into its folder's `eval_SPLIT`, in one process."""
+    oracle, name, least = work / setting.oracles[split], f"eval_{split}", ()
     if folders != [oracle]:
-        least = (f"retain_result='{oracle}/eval/eval_log_aggregated.json'",)
-    inputs = (oracle / "eval",) if least else ()
-    todo = [one for one in folders if not complete(one / "eval", one, *inputs)]
+        least = (f"retain_result='{oracle}/{name}/eval_log_aggregated.json'",)
+    inputs = (oracle / name,) if least else ()
+    todo = [one for one in folders if not complete(one / name, one, *inputs)]
     if not todo:
         return None
     paths = ",".join(f"'{one}'" for one in todo)
-    which = ("-m", f"model_path={paths}", "save_dir='${model_path}/eval'", f"split={SPLIT}")
-    return process(work / "peaks" / "evaluate", "evaluate_util.py", *which, *least)
+    which = ("-m", f"model_path={paths}", f"save_dir='${{model_path}}/{name}'", f"split={split}")
+    return process(setting, work / "peaks" / "evaluate", "evaluate_util.py", *which, *least)
 
 
-def finetune(work: Path, split: str) -> None:
-    """Make and evaluate the model to unlearn, or the oracle; stop where that can't be done."""
-    if not complete(work / split):
-        print(f"finetuning on {split}", flush=True)
-        how = (f"split={split}", f"save_dir='{work}/{split}'", "overwrite_dir=true", *FINETUNE)
-        if why := process(work / "peaks" / split, "finetune.py", *how):
-            sys.exit(f"finetune.py split={split}: {why}")
-    if why := evaluate(work, [work / split]):
-        sys.exit(f"evaluate_util.py model_path={work / split}: {why}")
+def finetune(setting: Setting, work: Path, learned: str, splits: list[str]) -> None:
+    """Make the model to unlearn or an oracle, and evaluate it on the forget sets; stop where that can't be done."""
+    if not complete(work / learned):
+        print(f"finetuning on {learned}", flush=True)
+        how = (f"split={learned}", f"save_dir='{work}/{learned}'", "overwrite_dir=true", *setting.finetune)
+        if why := process(setting, work / "peaks" / learned, "finetune.py", *how):
+            sys.exit(f"finetune.py split={learned}: {why}")
+    for split in splits:
+        if why := evaluate(setting, work, split, [work / learned]):
+            sys.exit(f"evaluate_util.py model_path={work / learned} split={split}: {why}")
 
 
-def write_alternates(path: Path) -> None:
+def write_alternates(path: Path, data: str, split: str) -> None:
     """See the file's docstring. Both splits ask each author the same questions in the same order."""
-    forget, others = (data_module.load_rows(DATA, split, ("question", "answer")) for split in (SPLIT, "holdout10"))
-    per_author = ROWS // 2
+    forget, others = (data_module.load_rows(data, one, ("question", "answer")) for one in (split, "holdout10"))
+    per_author = len(forget) // 2
 
     def author(rows: list[dict[str, str]], i: int) -> str:
         named = rows[i - i % per_author + 1]["question"]
@@ -150,10 +213,10 @@ def write_alternates(path: Path) -> None:
     utils.write_text(path, "\n".join(lines) + "\n")
 
 
-def unlearn(work: Path, name: str, method, numbers, seeds: int) -> Runs:
-    """A method's runs and their evaluations."""
+def unlearn(setting: Setting, work: Path, split: str, name: str, method, numbers, seeds: int) -> Runs:
+    """A method's runs on one split and their evaluations."""
     epochs = numbers.get("num_epochs", method.num_epochs)
-    stem = f"{name}_lr{numbers.lr:g}_epochs{epochs}"
+    stem = f"{name}_{split}_lr{numbers.lr:g}_epochs{epochs}"
     folders = {seed: work / f"{stem}_seed{seed}" for seed in range(1, seeds + 1)}
     peak, why = work / "peaks" / stem, None
     todo = [seed for seed, folder in folders.items() if not complete(folder, work / "full")]
@@ -164,25 +227,26 @@ def unlearn(work: Path, name: str, method, numbers, seeds: int) -> Runs:
             f"save_dir='{work}/{stem}_seed${{seed}}'",
             "overwrite_dir=true",
         ]
-        how += [f"forget_loss={name}", f"model_path='{work}/full'", f"split={SPLIT}", f"lr={numbers.lr}"]
+        how += [f"forget_loss={name}", f"model_path='{work}/full'", f"split={split}", f"lr={numbers.lr}"]
         how += [f"num_epochs={epochs}", f"batch_size={BATCH}", "gradient_accumulation_steps=1"]
-        how += [f"logging_steps={ROWS // BATCH}"]  # a line of the log is a mean over one pass of the forget rows
+        rows = len(data_module.load_rows(setting.data, split, ("question",)))
+        how += [f"logging_steps={rows // BATCH}"]  # a line of the log is a mean over one pass of the forget rows
         if "alternates" in method.keys():  # noqa: SIM118  a value that is missing is not "in" it
-            write_alternates(work / "alternates.jsonl")
+            write_alternates(work / "alternates.jsonl", setting.data, split)
             how.append(f"forget_loss.alternates='{work}/alternates.jsonl'")
-        why = process(peak, "forget.py", *how)
-    made = [folder for folder in folders.values() if complete(folder)]
-    why = why or (evaluate(work, made) if made else None)
-    found = read(name, f"{numbers.lr:g}, {epochs}", [one for one in made if complete(one / "eval")], peak)
-    return found._replace(why=why)
+        why = process(setting, peak, "forget.py", *how)
+    made = [folder for folder in folders.values() if complete(folder, work / "full")]
+    why = why or (evaluate(setting, work, split, made) if made else None)
+    return read(name, f"{numbers.lr:g}, {epochs}", split, made, peak)._replace(why=why)
 
 
-def read(name: str, how: str, folders: list[Path], peak: Path) -> Runs:
+def read(name: str, how: str, split: str, folders: list[Path], peak: Path) -> Runs:
     """What complete and evaluated runs have left."""
+    folders = [one for one in folders if complete(one / f"eval_{split}", one)]
     scores: dict[str, list[float]] = {key: [] for key in (*COLUMNS.values(), KNOWN)}
     terms = []
     for folder in folders:
-        left = [json.loads((one / utils.FINISHED).read_text()) for one in (folder, folder / "eval")]
+        left = [json.loads((one / utils.FINISHED).read_text()) for one in (folder, folder / f"eval_{split}")]
         both = {"Forget Quality": 1.0, **left[0], **left[1]}  # the oracle has none: it is the one compared with
         for key, values in scores.items():
             values.append(both[key])
@@ -246,40 +310,41 @@ def remarks(found: list[Runs], start: Runs) -> list[str]:
     return [*lines, "", *told]
 
 
-def main() -> None:
-    """Run what is missing, print the table, append it to RESULTS.md; exit with 1 where a process ended badly."""
-    known, lrs = methods(), OmegaConf.load(LRS)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write {'figures': {name: number}} here")
-    parser.add_argument("--methods", nargs="+", choices=list(known), default=list(known), help="(all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
-    parser.add_argument(
-        "--work", type=Path, default=REPO / "runs" / "methods", help="folder of the runs (runs/methods)"
-    )
-    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
-    args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    if missing := [name for name in args.methods if name not in lrs]:
-        parser.error(f"{missing[0]} has no learning rate in {LRS.name}")
-    work = args.work
-    if not (REPO / "data" / FAMILY / "config.json").is_file():
-        subprocess.run([sys.executable, str(REPO / "scripts" / "make_tiny.py")], check=True)
-    for split in (RETAIN, "full"):  # the oracle first: the others are compared with its log
-        finetune(work, split)
-    how = f"{float(FINETUNE[0].partition('=')[2]):g}, {FINETUNE[1].partition('=')[2]}"
-    rows = {
-        name: read(name, how, [work / split], work / "peaks" / split)
-        for name, split in (("finetuned", "full"), ("oracle", RETAIN))
-    }
-    for name in args.methods:
-        rows[name] = unlearn(work, name, known[name], lrs[name], args.seeds)
-        utility = cell(rows[name].scores["Model Utility"], "model utility")
-        print(f"{name}: {rows[name].why or f'utility {utility}'}", flush=True)
+def order(found: list[Runs], start: Runs) -> list[str]:
+    """Whether the order that the literature reports is seen on one split. A run that diverged has collapsed."""
+    of = {one.name: one for one in found}
+    if BASELINE not in of:
+        return []
+    whole = start.scores["Model Utility"][0]
 
+    def scores(name: str) -> tuple[float, str]:
+        utility, rouge = of[name].scores["Model Utility"], of[name].scores["ROUGE Forget"]
+        if not utility:
+            return 0.0, f"no run, {of[name].why}"
+        mean = statistics.mean(utility)
+        return mean, f"utility {mean:.3f} of {whole:.3f} with forget ROUGE-L {statistics.mean(rouge):.3f}"
+
+    least, said = scores(BASELINE)
+    collapse = COLLAPSED * whole
+    lines = [f"- {BASELINE} keeps {COLLAPSED:.0%} of the utility at most: {seen(least <= collapse)}, {said}"]
+    for name in GENTLE:
+        if name in of:
+            kept, said = scores(name)
+            more = seen(kept > max(least, collapse))
+            lines.append(f"- {name} keeps more than that and than {BASELINE}: {more}, {said}")
+    return ["The order that the literature reports:", "", *lines, ""]
+
+
+def seen(it: bool) -> str:
+    """In words."""
+    return "seen" if it else "not seen"
+
+
+def table(rows: list[Runs]) -> tuple[list[str], dict[str, float]]:
+    """One split's lines, and its figures by name."""
     lines = [f"| method | lr, epochs | {' | '.join(COLUMNS)} | peak, MiB |", f"| --- | --- |{' ---: |' * 5}"]
     figures = {}
-    for runs in rows.values():
+    for runs in rows:
         cells = [cell(runs.scores[key], column) for column, key in COLUMNS.items()]
         lines.append(f"| {runs.name} | {runs.how} | {' | '.join(cells)} | {f'{runs.peak:.0f}' if runs.peak else ''} |")
         for column, key in COLUMNS.items():
@@ -288,17 +353,65 @@ def main() -> None:
                 figures |= {stem: statistics.mean(values), f"{stem}_min": min(values), f"{stem}_max": max(values)}
         if runs.peak:
             figures[f"{runs.name}_peak_mib"] = runs.peak
+    return lines, figures
+
+
+def main() -> None:
+    """Run what is missing, print the tables, append them to RESULTS.md; exit with 1 where a process ended badly."""
+    known = methods()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write {'figures': {name: number}} here")
+    parser.add_argument("--on", choices=("mini", "tofu"), default="mini", help="(mini)")
+    parser.add_argument("--methods", nargs="+", choices=list(known), help="(all that have a learning rate)")
+    parser.add_argument("--splits", nargs="+", help="to forget (mini: forget10; tofu: forget01 forget05 forget10)")
+    parser.add_argument("--seeds", type=int, help="how many (mini: 3; tofu: 1)")
+    parser.add_argument("--work", type=Path, help="folder of the runs (runs/methods, runs/methods_tofu)")
+    parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
+    args = parser.parse_args()
+    work = (args.work or REPO / "runs" / ("methods" if args.on == "mini" else "methods_tofu")).resolve()
+    setting = settings(args.on, work)
+    seeds, splits = setting.seeds if args.seeds is None else args.seeds, args.splits or list(setting.oracles)
+    if seeds < 1:
+        parser.error("--seeds must be at least 1")
+    if unknown := [split for split in splits if split not in setting.oracles]:
+        parser.error(f"--splits {unknown[0]}: with --on {args.on} there are {', '.join(setting.oracles)}")
+    lrs = OmegaConf.load(setting.lrs)
+    if missing := [name for name in args.methods or () if name not in lrs]:
+        parser.error(f"{missing[0]} has no learning rate in {setting.lrs.name}")
+    if not Path(setting.data).is_dir():
+        parser.error(f"--on {args.on} needs {setting.data}")
+    prepare(setting)
+    for split in splits:  # the oracles first: the others are compared with their logs
+        finetune(setting, work, setting.oracles[split], [split])
+    finetune(setting, work, "full", splits)
+    rate, epochs = (one.partition("=")[2] for one in setting.finetune[:2])
+    lines, figures, failed = [], {}, False
+    for split in splits:
+        rows = [
+            read(name, f"{float(rate):g}, {epochs}", split, [work / learned], work / "peaks" / learned)
+            for name, learned in (("finetuned", "full"), ("oracle", setting.oracles[split]))
+        ]
+        for name in args.methods or [name for name in known if name in lrs]:
+            rows.append(unlearn(setting, work, split, name, known[name], lrs[name], seeds))
+            utility = cell(rows[-1].scores["Model Utility"], "model utility")
+            print(f"{split}, {name}: {rows[-1].why or f'utility {utility}'}", flush=True)
+        shown, numbers = table(rows)
+        told = remarks(rows[2:], rows[0])
+        if args.on == "tofu":  # on mini the rates were chosen by the scores
+            told = [*order(rows[2:], rows[0]), *told]
+        lines += [f"### {split}", "", *shown, "", *told, ""]
+        figures |= {name if args.on == "mini" else f"{split}_{name}": value for name, value in numbers.items()}
+        failed = failed or any(runs.why for runs in rows)
     imports = work / "peaks" / "imports"
-    process(imports, "forget.py", "--help")
+    process(setting, imports, "forget.py", "--help")
     if imports.is_file():
-        lines.append(f"\nA process that only imports what forget.py needs has a peak of {mib(imports):.0f} MiB.")
-    found = [rows[name] for name in args.methods]
-    lines += ["", *remarks(found, rows["finetuned"])]
-    how = f"{FAMILY} on {DATA}, {SPLIT}, {args.seeds} seeds (mean, least..most), batches of {BATCH}"
-    tell("methods.py", how, lines, {}, None, not args.no_results)  # the table has the figures already
+        lines.append(f"A process that only imports what forget.py needs has a peak of {mib(imports):.0f} MiB.")
+    spread = f"{seeds} seeds (mean, least..most)" if seeds > 1 else "1 seed"
+    how = f"--on {args.on}, family {setting.family}, {spread}; finetuned with {' '.join(setting.finetune)}, unlearned "
+    tell("methods.py", f"{how}in batches of {BATCH}", lines, {}, None, not args.no_results)  # tables have the figures
     if args.json:
         utils.write_json(args.json, {"figures": figures})
-    if any(runs.why for runs in found):
+    if failed:
         sys.exit(1)
 
 

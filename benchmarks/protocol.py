@@ -104,41 +104,58 @@ def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
     return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why)
 
 
-def write_model(size: str, folder: Path) -> None:
-    """Random weights, always the same; bf16 where they are large, which every precision can be loaded from."""
+def write_model(
+    folder: Path, shape: tuple[int, ...], vocabulary: int | None = None, bf16: bool = False, **config: object
+) -> None:
+    """A Llama of random weights, always the same, and a tokenizer of 2,000 words.
+
+    Args:
+        shape: as train_speed.SIZES.
+        vocabulary: the model's, where larger than the tokenizer's.
+        bf16: the weights' type where they are large, which every precision can be loaded from.
+        config: of LlamaConfig, besides.
+    """
     import torch
     from eval_speed import GOLDEN
-    from train_speed import SIZES, llama
+    from train_speed import llama
     from transformers import AutoModelForCausalLM
 
     import models
 
     tokenizer = models.load_tokenizer(str(GOLDEN), None)
-    config = llama(
-        (SIZES | LARGER)[size],
-        VOCABULARY if size in BIG else len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=size in TIED,
-    )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if size in BIG else torch.float32
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    made = llama(shape, vocabulary or len(tokenizer), **ends, **config)
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16 if bf16 else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def write_data(rows: int, folder: Path) -> Path:
+def the_model(size: str, folder: Path) -> None:
+    """`write_model` of one of the sizes."""
+    from train_speed import SIZES
+
+    vocabulary = VOCABULARY if size in BIG else None
+    write_model(folder, (SIZES | LARGER)[size], vocabulary, size in BIG, tie_word_embeddings=size in TIED)
+
+
+def write_splits(folder: Path, splits: dict[str, list[str]]) -> Path:
+    """Lines of JSON by split, as a data folder."""
+    import utils
+
+    header = ["---", "configs:"]
+    for split, lines in splits.items():
+        utils.write_text(folder / f"{split}.json", "\n".join(lines) + "\n")
+        header += [f"- config_name: {split}", f"  data_files: {split}.json"]
+    utils.write_text(folder / "README.md", "\n".join([*header, "---", ""]))
+    return folder
+
+
+def first_rows(rows: int, folder: Path) -> Path:
     """The first rows of each split, as a data folder."""
     from eval_speed import SHARED
 
-    folder.mkdir()
-    header = ["---", "configs:"]
-    for split in SPLITS:
-        lines = (SHARED / "tofu" / f"{split}.json").read_text(encoding="utf-8").splitlines()
-        (folder / f"{split}.json").write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
-        header += [f"- config_name: {split}", f"  data_files: {split}.json"]
-    (folder / "README.md").write_text("\n".join([*header, "---", ""]))
-    return folder
+    found = {split: (SHARED / "tofu" / f"{split}.json").read_text(encoding="utf-8").splitlines() for split in SPLITS}
+    return write_splits(folder, {split: lines[:rows] for split, lines in found.items()})
 
 
 def protocol(size: str, rows: int | None, losses: list[str]) -> list[Row]:
@@ -147,8 +164,8 @@ def protocol(size: str, rows: int | None, losses: list[str]) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_model(size, folder / "model")
-        data = f"data_path={write_data(rows, folder / 'data') if rows else SHARED / 'tofu'}"
+        the_model(size, folder / "model")
+        data = f"data_path={first_rows(rows, folder / 'data') if rows else SHARED / 'tofu'}"
         training = (data, "num_epochs=5", "batch_size=16", "gradient_accumulation_steps=2")
         evaluation, oracle = (data, "split=forget10_perturbed"), "retain_result=eval_oracle/eval_log_aggregated.json"
         stages = {
@@ -175,8 +192,8 @@ def memory(size: str, rows: int, settings: list[str]) -> list[Row]:
     """A few steps in every setting."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_model(size, folder / "model")
-        data = write_data(rows, folder / "data")
+        the_model(size, folder / "model")
+        data = first_rows(rows, folder / "data")
         common = (f"data_path={data}", "num_epochs=1", "batch_size=16", "gradient_accumulation_steps=1", "save_dir=run")
         begin = {"finetune.py": ("split=full",), "forget.py": ("split=forget10", "model_path=model")}
         found = []
