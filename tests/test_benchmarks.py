@@ -80,10 +80,14 @@ def test_which_order_of_the_methods_is_seen(monkeypatch):
         (("--on", "tofu", "--methods", "altpo"), "altpo has no learning rate in tofu_lrs.yaml"),
     ],
 )
-def test_methods_refuses_before_it_makes_anything(tmp_path, args, told):
-    command = [sys.executable, str(REPO / "benchmarks" / "methods.py"), "--work", str(tmp_path / "work"), *args]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and told in done.stderr and not list(tmp_path.iterdir())
+def test_methods_refuses_before_it_makes_anything(tmp_path, monkeypatch, capsys, args, told):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    import methods
+
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--work", str(tmp_path / "work"), *args])
+    with pytest.raises(SystemExit) as refused:
+        methods.main()
+    assert refused.value.code == 2 and told in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @needs_shared
