@@ -337,10 +337,9 @@ def _check_forget(cfg: DictConfig) -> None:
 def _check_method(cfg: DictConfig) -> None:
     """What a method's terms and its own keys ask of each other; keys that it does not have leave the config."""
     method = cfg.forget_loss
-    for key in [
-        key for key in OF_SOME if method[key] is None or key == "by_split"
-    ]:  # what that led to stands elsewhere
-        del method[key]
+    for key in OF_SOME:
+        if method[key] is None or key == "by_split":  # what by_split led to stands elsewhere
+            del method[key]
     terms = {"forget": losses.contract(losses.FORGET[method.forget])}
     if method.retain is not None:
         terms["retain"] = losses.contract(losses.RETAIN[method.retain])

@@ -42,8 +42,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from omegaconf import OmegaConf  # noqa: E402
-from protocol import ABOUT, reason, write_model, write_splits  # noqa: E402
-from results import tell  # noqa: E402
+from protocol import launch, write_model, write_splits  # noqa: E402
+from results import METHODS, tell  # noqa: E402
 
 import data_module  # noqa: E402
 import losses  # noqa: E402
@@ -92,7 +92,7 @@ class Runs(NamedTuple):
 
 def methods() -> dict[str, object]:
     """Name -> its config/forget_loss file."""
-    return {path.stem: OmegaConf.load(path) for path in sorted((REPO / "config" / "forget_loss").glob("*.yaml"))}
+    return {name: OmegaConf.load(REPO / "config" / "forget_loss" / f"{name}.yaml") for name in METHODS}
 
 
 def has_retain(method) -> bool:
@@ -147,17 +147,12 @@ def process(setting: Setting, peak: Path, script: str, *args: str) -> str | None
     """One process of a script, whose peak memory goes to a file; None, or why it ended badly."""
     kept = float(peak.read_text()) if peak.is_file() else 0.0  # of the runs that an interrupted process has made
     peak.parent.mkdir(parents=True, exist_ok=True)
-    about = {"family": setting.family, "model": str(setting.model), "checkpointing": False, "peak": str(peak)}
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(Path(__file__).with_name("protocol.py")), "--stage", script, *args]
     data = setting.learn if script == "finetune.py" else setting.data
-    command += [f"model_family={setting.family}", f"data_path='{data}'"]
-    done = subprocess.run(
-        command, env={**quiet, **os.environ, ABOUT: json.dumps(about)}, capture_output=True, text=True
-    )
+    args = (*args, f"model_family={setting.family}", f"data_path='{data}'")
+    why = launch(script, *args, family=setting.family, model=setting.model, peak=peak)
     if peak.is_file():
         peak.write_text(str(max(kept, float(peak.read_text()))))
-    return reason(done, REPO)
+    return why
 
 
 def complete(folder: Path, *inputs: Path) -> bool:

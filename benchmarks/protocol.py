@@ -86,20 +86,34 @@ def reason(done: subprocess.CompletedProcess, folder: Path) -> str | None:
     return told[-1].replace(str(folder), ".").replace("|", "/") if told else f"exit code {done.returncode}"
 
 
+def launch(
+    script: str, *args: str, family: str, model: Path, peak: Path, checkpointing: bool = False, cwd: Path | None = None
+) -> str | None:
+    """One process of an entry script, with `model` as the family's; its peak memory goes to a file.
+
+    Returns:
+        None, or why it ended badly.
+    """
+    about = {"family": family, "model": str(model), "checkpointing": checkpointing, "peak": str(peak)}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    one_card = {"CUDA_VISIBLE_DEVICES": "0"}  # however many there are
+    env = {**quiet, **one_card, **os.environ, ABOUT: json.dumps(about)}
+    command = [sys.executable, str(Path(__file__).resolve()), "--stage", script, *args]
+    return reason(subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True), cwd or REPO)
+
+
 def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
     """One process: `script` in `folder`, where `model` is the family's."""
     from eval_speed import FAMILY
 
     peak = folder / "peak"
     peak.unlink(missing_ok=True)
-    about = {"family": FAMILY, "model": str(folder / "model"), "checkpointing": size in CHECKPOINTED, "peak": str(peak)}
-    env = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, ABOUT: json.dumps(about)}  # one card, however many there are
     if script != "aggregate_eval_stat.py":
         args = (f"model_family={FAMILY}", *args)
-    command = [sys.executable, str(Path(__file__).resolve()), "--stage", script, *args]
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    seconds, why = time.perf_counter() - start, reason(done, folder)
+    began = time.perf_counter()
+    about = {"family": FAMILY, "model": folder / "model", "checkpointing": size in CHECKPOINTED, "peak": peak}
+    why = launch(script, *args, cwd=folder, **about)
+    seconds = time.perf_counter() - began
     print(f"{name}: {f'not run: {why}' if why else f'{seconds:.1f} s'}", flush=True)
     return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why)
 
@@ -208,15 +222,15 @@ def main() -> None:
     """Measure, print the table, append it to RESULTS.md; exit with 1 if a stage of the protocol did not run."""
     if sys.argv[1:2] == ["--stage"]:
         return stage(*sys.argv[2:])
-    from results import tell
+    from results import METHODS, tell
     from train_speed import CUDA, SIZES
 
-    sizes, methods = [*SIZES, *LARGER], sorted(path.stem for path in REPO.glob("config/forget_loss/*.yaml"))
+    sizes = [*SIZES, *LARGER]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write {'figures': {name: number}} here")
     parser.add_argument("--size", choices=sizes, default="1b", help="of the model (1b)")
     parser.add_argument("--rows", type=int, help=f"of each split, the first (all; with --memory {MEMORY_ROWS})")
-    parser.add_argument("--losses", nargs="+", choices=methods, default=["grad_diff"], help="to forget by (grad_diff)")
+    parser.add_argument("--losses", nargs="+", choices=METHODS, default=["grad_diff"], help="to forget by (grad_diff)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory of training steps instead")
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=["8b"], help="with --memory (8b)")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="likewise (all)")

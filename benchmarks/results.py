@@ -9,6 +9,7 @@ import torch
 import utils
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+METHODS = sorted(path.stem for path in (utils.REPO / "config" / "forget_loss").glob("*.yaml"))
 
 
 def status(key: str) -> int:

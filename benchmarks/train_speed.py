@@ -32,7 +32,7 @@ import torch.nn.functional as F  # noqa: E402
 from eval_speed import FAMILY, GOLDEN, SHARED  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
-from results import status, tell  # noqa: E402
+from results import METHODS, status, tell  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.utils import is_liger_kernel_available  # noqa: E402
 from transformers.utils import logging as library_logging  # noqa: E402
@@ -267,8 +267,7 @@ class Job:
 
 def costs(size: str, repetitions: int) -> list[str]:
     """A step of every method beside one of grad_diff with the same forget samples, interleaved: lines of a table."""
-    names = sorted(path.stem for path in (schema.CONFIG_DIR / "forget_loss").glob("*.yaml"))
-    jobs, took = {name: Job(name, size) for name in names}, {name: [] for name in names}
+    jobs, took = {name: Job(name, size) for name in METHODS}, {name: [] for name in METHODS}
     for number in range(repetitions):
         for name, job in jobs.items():
             took[name].append(job.run("ours")[0])

@@ -50,7 +50,7 @@ def test_golden_rows(model):
 
 
 def test_worked_numbers():
-    """mean losses of two rows, three wrong answers each."""
+    """Mean losses of two rows, three wrong answers each."""
     wrong = [np.array([1, 3, 2.6]), np.array([2, 1.5, 4])]
     assert metrics.probability([0.801627, 0.941432]) == pytest.approx([0.448599, 0.390069], abs=1e-6)
     assert metrics.probability([0.7, 1.2], wrong) == pytest.approx([0.502350, 0.444255], abs=1e-6)
@@ -79,7 +79,7 @@ def test_harmonic_mean():
 
 @pytest.mark.parametrize(("n", "least"), [(40, 1.86e-23), (200, 1.94e-119), (300, 1.48e-179), (400, 1.06e-239)])
 def test_forget_quality_is_exact(n, least):
-    """two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
+    """Two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
     low, high = one_log(1.0, [2.0], rows=n), one_log(2.0, [1.0], rows=n)
     quality = metrics.forget_quality(low, high)
     assert quality.statistic == 1 and quality.n == n
