@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import utils
+import ranks
 from schema import CHECKS, CONFIG_DIR, Finetune, Forget, check, choice, no_key, one_line, told, unknown
 from utils import BadInput
 
@@ -108,7 +108,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     raise
                 finally:
                     sys.argv = typed
-                if utils.rank() == 0:
+                if ranks.rank() == 0:
                     sys.stderr.write(held.getvalue())
 
         return main
@@ -203,7 +203,7 @@ def _named(argv: list[str], default: str) -> str:
 
 def _log() -> None:
     """Rank 0 speaks; the others only of errors."""
-    level = logging.INFO if utils.rank() == 0 else logging.ERROR
+    level = logging.INFO if ranks.rank() == 0 else logging.ERROR
     logging.basicConfig(
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
     )
@@ -211,7 +211,7 @@ def _log() -> None:
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # DeepSpeed's calls, at every step
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
-    if utils.rank() > 0:  # rank 0 passes on what libraries warn of
+    if ranks.rank() > 0:  # rank 0 passes on what libraries warn of
         warnings.simplefilter("ignore")
         for library in ("transformers", "accelerate", "peft"):
             logging.getLogger(library).setLevel(level)
@@ -219,7 +219,7 @@ def _log() -> None:
 
 def _stop(error: BadInput) -> None:
     """Tell the error and exit with 2. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
-    if utils.rank() > 0:
+    if ranks.rank() > 0:
         time.sleep(PATIENCE)
     sys.stderr.write(f"error: {one_line(error)}\n")
     sys.stderr.flush()
@@ -291,5 +291,5 @@ def _help(name: str, task: Callable, args: list[str]) -> None:
         f"keys of config/{name}.yaml (key=value; -m sweeps over key=a,b):",
     ]
     text += [f"  {f'{key}={default}':<{width}}  {comment}" for key, default, comment in rows]
-    if utils.rank() == 0:
+    if ranks.rank() == 0:
         sys.stdout.write("\n".join(text) + "\n")

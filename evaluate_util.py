@@ -8,17 +8,14 @@ python evaluate_util.py model_family=tiny data_path=data/mini model_path=runs/ti
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import accelerate
 import numpy as np
-import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from rouge_score.rouge_scorer import RougeScorer
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import command_line
@@ -27,6 +24,7 @@ import inference
 import log_formats
 import metrics
 import models
+import ranks
 import report
 import schema
 import utils
@@ -252,12 +250,12 @@ def evaluate(
                 texts = _generate_rows(model, tokenizer, task, batch_size, sharded)
                 scores = _score_rows(model, task, sharded)
             logs[f"{name}.json"] = _log_of(task, scores, texts, save_generated_text)
-            if utils.rank() == 0:
+            if ranks.rank() == 0:
                 utils.write_json(folder / f"{name}.json", logs[f"{name}.json"])
                 _remember(folder, name, (fingerprints or {}).get(name))
-        elif utils.rank() == 0:
+        elif ranks.rank() == 0:
             logs[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    if utils.rank() > 0:
+    if ranks.rank() > 0:
         return {}
     return _write(logs, folder, retain_log, method_name, truth_ratio, save_format)
 
@@ -280,9 +278,9 @@ def _score_rows(model: PreTrainedModel, task: Task, sharded: bool) -> list[dict[
             batches.append([])
         batches[-1].append(i)
     found = {}
-    for batch in share(batches, f"{task.data.task}: scoring", sharded):
+    for batch in ranks.share(batches, f"{task.data.task}: scoring", sharded):
         found.update(zip(batch, inference.score_trees(model, [task.trees[i] for i in batch]), strict=True))
-    found = merge(found)
+    found = ranks.merge(found)
     return [dict(zip(answers, found[i], strict=True)) for i, answers in enumerate(task.answers)]
 
 
@@ -294,9 +292,9 @@ def _generate_rows(
     parts = -(-len(order) // (REFILLS * batch_size))  # of nearly equal size
     batches = [order[len(order) * k // parts : len(order) * (k + 1) // parts] for k in range(parts)]
     ends = inference.end_tokens(model, tokenizer)
-    together = inference.Together(model) if sharded else None
+    together = ranks.Together(model) if sharded else None
     found = {}
-    for batch in share(batches, f"{task.data.task}: generating"):
+    for batch in ranks.share(batches, f"{task.data.task}: generating"):
         tokens = inference.greedy(
             model,
             [task.prompts[i] for i in batch],
@@ -309,34 +307,8 @@ def _generate_rows(
         found.update(zip(batch, tokens, strict=True))
     if together:
         together.wait()
-    found = merge(found)
+    found = ranks.merge(found)
     return [tokenizer.decode(found.get(i, []), skip_special_tokens=True).strip() for i in range(len(task.prompts))]
-
-
-def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterable[list]:
-    """This rank's batches, with a progress bar on rank 0.
-
-    Args:
-        sharded: whether a rank that runs out repeats a batch, so that ranks which share one model run equally many.
-    """
-    rank, world = utils.rank(), utils.world_size()
-    mine = list(batches[rank::world])
-    if sharded and batches:
-        mine += [batches[0]] * (-(-len(batches) // world) - len(mine))
-    return tqdm(mine, desc=what, disable=rank > 0, leave=False)
-
-
-def merge(found: dict) -> dict:
-    """All ranks' results on every rank."""
-    merged = {}
-    for part in gather_object([found]):
-        merged.update(part)
-    return merged
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A collated batch with its tensors on `device`."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def _log_of(task: Task, scores: list[dict], texts: list[str], save_text: bool) -> dict[str, dict]:
@@ -487,12 +459,12 @@ class Evaluator:
     def missing(self, folder: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The sets whose logs in `folder` are not there or not of these fingerprints. Rank 0 looks and says why."""
         todo = []
-        if utils.rank() == 0:
+        if ranks.rank() == 0:
             for name, made_from in fingerprints.items():
                 why = why_not_complete(folder, name, made_from)
                 log.info("%s: %s", name, f"evaluated, because {why}" if why else "complete, and not evaluated again")
                 todo += [name] if why else []
-        return _from_rank_0(todo)
+        return ranks.from_rank_0(todo)
 
     def __call__(
         self,
@@ -521,12 +493,7 @@ class Evaluator:
         return self.scores
 
 
-def _from_rank_0(value: Any) -> Any:
-    accelerate.PartialState(cpu=not torch.cuda.is_available())
-    return broadcast_object_list([value])[0]
-
-
-@command_line.entry("eval_everything", after=models.release)
+@command_line.entry("eval_everything", after=ranks.release)
 def main(cfg: DictConfig) -> None:
     """Evaluate one model from disk."""
     cfg = schema.check(cfg, schema.Evaluate)
@@ -540,7 +507,7 @@ def main(cfg: DictConfig) -> None:
     out = utils.start_evaluation(
         cfg, cfg.save_dir, overwrite=cfg.overwrite, own=(*OWN, *(f"{task}.json" for task in cfg.eval_task))
     )
-    identity = models.identity(path, random_weights=cfg.reinitialize_weights) if utils.rank() == 0 else ""
+    identity = models.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
     fingerprints = evaluator.fingerprints(identity, engine.bf16)
     todo, model = evaluator.missing(out, fingerprints), None
     if todo:

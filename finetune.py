@@ -12,11 +12,12 @@ import data_module
 import dataloader
 import models
 import optimisation
+import ranks
 import schema
 import utils
 
 
-@command_line.entry("finetune", after=models.release)
+@command_line.entry("finetune", after=ranks.release)
 def main(cfg: DictConfig) -> None:
     """Run one job."""
     cfg = schema.check(cfg, schema.Finetune)

@@ -18,6 +18,7 @@ import dataloader
 import evaluate_util
 import models
 import optimisation
+import ranks
 import references
 import schema
 import scoring
@@ -26,7 +27,7 @@ import utils
 log = logging.getLogger(__name__)
 
 
-@command_line.entry("forget", after=models.release)
+@command_line.entry("forget", after=ranks.release)
 def main(cfg: DictConfig) -> None:
     """Run one job."""
     cfg = schema.check(cfg, schema.Forget)
@@ -94,7 +95,7 @@ def steer(out: Path, model: PreTrainedModel, cfg: DictConfig) -> dict[str, Any]:
     log.info(
         "the output of block %d of %d is steered; only these train: %s", block + 1, config.num_hidden_layers, trained
     )
-    if utils.rank() == 0:
+    if ranks.rank() == 0:
         utils.write_json(out / utils.CONTROL, {"block": block, "trained": trained, "vector": control.tolist()})
     return {"block": block, "control_vector": control}
 

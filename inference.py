@@ -190,28 +190,6 @@ class _Layer(DynamicLayer):
             kept[target, :, :length] = kept[source, :, :length]
 
 
-class Together:
-    """Keeps ranks that share one model in step: each forward is all ranks', though some have more to do than others."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def work(self) -> None:
-        """Call before every forward of this rank's own."""
-        self._anyone(True)
-
-    def wait(self) -> None:
-        """Run idle forwards until no rank has work left."""
-        idle = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
-        while self._anyone(False):
-            self.model(input_ids=idle, use_cache=False)
-
-    def _anyone(self, busy: bool) -> bool:
-        flag = torch.tensor(float(busy), device=self.model.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag > 0)
-
-
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end an answer: the tokenizer's, then whatever else the model's generation config names."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None

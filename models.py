@@ -31,6 +31,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
+import ranks
 import utils
 from utils import BadInput
 
@@ -106,7 +107,7 @@ def engine(name: str, ds_config: str, precision: str) -> Engine:
     """
     cuda = torch.cuda.is_available()
     if name == "auto":
-        name = "deepspeed" if cuda and utils.world_size() > 1 else "ddp"
+        name = "deepspeed" if cuda and ranks.world_size() > 1 else "ddp"
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     if name != "deepspeed":
         return Engine(name, bf16)
@@ -277,7 +278,7 @@ def load(
         return PeftModel.from_pretrained(base, path).merge_and_unload()
     if shard:
         kwargs["distributed_config"] = DistributedConfig(
-            fsdp_size=utils.world_size(), fsdp_mixed_precision=bf16_compute
+            fsdp_size=ranks.world_size(), fsdp_mixed_precision=bf16_compute
         )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)
 
@@ -356,7 +357,7 @@ def _held(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a parameter, any shape, perhaps empty."""
     if hasattr(parameter, "ds_tensor"):  # ZeRO-3 pads the last ranks' shards with memory that was never written
         shard = parameter.ds_tensor
-        return shard.detach()[: max(0, parameter.ds_numel - shard.ds_numel * utils.rank())]
+        return shard.detach()[: max(0, parameter.ds_numel - shard.ds_numel * ranks.rank())]
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
 
 
@@ -384,7 +385,7 @@ def save(
     peft = model if isinstance(model, PeftModel) else None
     quantized = peft is not None and getattr(peft.get_base_model(), "is_quantized", False)
     weights = {} if quantized else _gather(model)
-    if utils.rank() > 0:
+    if ranks.rank() > 0:
         return
     if quantized:  # adapters are merged into the weights that the four bits were made from, so these differ a little
         whole = get_peft_model(load(peft.get_base_model().name_or_path), peft.peft_config["default"])
@@ -444,7 +445,7 @@ def _gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 whole = tensor.detach().cpu().clone()
         else:
             whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
-        if utils.rank() == 0:
+        if ranks.rank() == 0:
             weights[name] = whole
     return weights
 
@@ -469,13 +470,3 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     log.info("model saved: %s", folder)
-
-
-def release() -> None:
-    """End a job: wait for all ranks, forget what accelerate and DeepSpeed keep per process; the next starts clean."""
-    accelerate.PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
-    accelerate.state.GradientState._reset_state()
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    unset_hf_deepspeed_config()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-import utils
+import ranks
 from models import Engine
 from schema import STOCHASTIC
 from utils import BadInput
@@ -50,8 +50,8 @@ def arguments(
         BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
             an optimiser or a place to report to that transformers does not know, or whose package is not installed.
     """
-    if samples < utils.world_size():
-        raise BadInput(f"{utils.world_size()} processes share {samples} rows: start at most {samples}")
+    if samples < ranks.world_size():
+        raise BadInput(f"{ranks.world_size()} processes share {samples} rows: start at most {samples}")
     per_epoch = _steps(samples, batch_size * gradient_accumulation_steps)
     if per_epoch * num_epochs < MOVING + 1:
         raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
@@ -119,7 +119,7 @@ def stochastic(optim: str, args: TrainingArguments) -> dict[str, Any]:
 
 def _check_stochastic(engine: Engine) -> None:
     """Raise BadInput where `stochastic` can't be: each process would round its copy of the weights differently."""
-    if engine.name != "ddp" or utils.world_size() > 1 or not engine.bf16:
+    if engine.name != "ddp" or ranks.world_size() > 1 or not engine.bf16:
         raise BadInput(
             f"optim={STOCHASTIC} trains bf16 weights on one process: take engine=ddp precision=bf16 and no torchrun"
         )
@@ -151,13 +151,13 @@ MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at lea
 
 def _steps(samples: int, per_process: int) -> int:
     """Optimiser steps in an epoch, the last one perhaps over fewer samples."""
-    return -(-samples // (per_process * utils.world_size()))
+    return -(-samples // (per_process * ranks.world_size()))
 
 
 def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> str:
     """The line that refuses such a run, with the batch size that would work."""
     said = (
-        f"batch_size={batch_size}: {samples} rows, gradient_accumulation_steps={accumulation}, {utils.world_size()} "
+        f"batch_size={batch_size}: {samples} rows, gradient_accumulation_steps={accumulation}, {ranks.world_size()} "
         f"processes and num_epochs={num_epochs} make fewer than {MOVING} steps with a learning rate above 0"
     )
     for cut in (accumulation, 1):

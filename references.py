@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 
 import dataloader
-import evaluate_util
 import losses
 import models
 import optimisation
+import ranks
 import scoring
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
@@ -53,11 +52,11 @@ def reference_logps(
     """
     batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
     found = {}
-    for batch in evaluate_util.share(batches, "reference log-probabilities", sharded):
-        inputs = evaluate_util.to_device(collate({"forget": batch}), model.device)
+    for batch in ranks.share(batches, "reference log-probabilities", sharded):
+        inputs = ranks.to_device(collate({"forget": batch}), model.device)
         logps = losses.sequence_logp(scoring.score(model, inputs)["forget"])
         found.update(zip(batch, logps.tolist(), strict=True))
-    return evaluate_util.merge(found)
+    return ranks.merge(found)
 
 
 def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **settings: Any) -> dict[str, Any]:
@@ -73,12 +72,12 @@ def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **s
 
 def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
     """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
-    found, path = [None], folder / utils.REFERENCE
-    if utils.rank() == 0 and path.is_file():
+    found, path = None, folder / utils.REFERENCE
+    if ranks.rank() == 0 and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        found = [known["logps"] if known["made_from"] == made_from else None]
-        log.info("%s: %s", path, "used again" if found[0] else "made anew, for it was made from something else")
-    found = broadcast_object_list(found)[0]
+        found = known["logps"] if known["made_from"] == made_from else None
+        log.info("%s: %s", path, "used again" if found else "made anew, for it was made from something else")
+    found = ranks.from_rank_0(found)
     return None if found is None else dict(zip(samples, found, strict=True))
 
 
@@ -86,7 +85,7 @@ def write_logps(
     folder: Path, samples: Sequence[Sample], logps: Mapping[Sample, float], made_from: Mapping[str, Any]
 ) -> None:
     """Keep them for a later run in this folder. Rank 0 only."""
-    if utils.rank() == 0:
+    if ranks.rank() == 0:
         utils.write_json(folder / utils.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})
 
 
@@ -139,7 +138,7 @@ def of_run(
     logps = None
     if "logp" in needs:
         samples = compared(data, terms, cfg.num_epochs)
-        identity = models.identity(path) if utils.rank() == 0 else ""
+        identity = models.identity(path) if ranks.rank() == 0 else ""
         made_from = logps_fingerprint(samples, identity, engine, **{key: str(value) for key, value in loading.items()})
         starting = load_frozen if frozen is None else lambda: frozen
         logps = starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import losses
 import metrics
+import ranks
 import utils
 from utils import BadInput
 
@@ -295,7 +296,7 @@ def _check_run(cfg: DictConfig) -> None:
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
     choice(f"{prefix}engine", cfg.engine, ENGINES)
     choice(f"{prefix}precision", cfg.precision, PRECISIONS)
-    if cfg.engine == "fsdp" and utils.world_size() < 2:
+    if cfg.engine == "fsdp" and ranks.world_size() < 2:
         raise BadInput(
             f"{prefix}engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
         )

@@ -15,6 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import ranks
+
 log = logging.getLogger(__name__)
 
 REPO = Path(__file__).resolve().parent
@@ -39,16 +41,6 @@ RECORDED = (
 
 class BadInput(ValueError):
     """What the user asked for cannot be done. The message is one line: what was wrong, what is allowed, what to do."""
-
-
-def rank() -> int:
-    """This process's number among all processes of the launch; 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def find(path: str | Path) -> str:
@@ -163,7 +155,7 @@ def start_run(
             raise BadInput(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
-    if rank() > 0:
+    if ranks.rank() > 0:
         return folder
     held = _held(folder)
     if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
@@ -199,7 +191,7 @@ def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, 
         BadInput: the folder holds something that is no evaluation of this suite.
     """
     folder = Path(save_dir)
-    if rank() > 0:
+    if ranks.rank() > 0:
         return folder
     held = _held(folder)
     strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
@@ -257,7 +249,7 @@ def _is_evaluation(folder: Path) -> bool:
 
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
     """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only."""
-    if rank() == 0:
+    if ranks.rank() == 0:
         write_json(Path(save_dir) / FINISHED, scores)
         log.info("finished: %s", save_dir)
 
@@ -269,7 +261,7 @@ def versions() -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in RECORDED},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "world_size": world_size(),
+        "world_size": ranks.world_size(),
         "command": sys.argv,
     }
 

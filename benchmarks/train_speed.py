@@ -40,10 +40,10 @@ from transformers.utils import logging as library_logging  # noqa: E402
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
 import models  # noqa: E402
+import ranks  # noqa: E402
 import references  # noqa: E402
 import schema  # noqa: E402
 import scoring  # noqa: E402
-import utils  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "toy": (32, 2, 2, 2, 64),
@@ -218,7 +218,7 @@ class Job:
                 output_dir=folder,
                 max_steps=steps or -1,
                 num_train_epochs=1,
-                per_device_train_batch_size=self.batch_size // utils.world_size(),
+                per_device_train_batch_size=self.batch_size // ranks.world_size(),
                 learning_rate=1e-5,
                 optim="adamw_torch_fused",
                 max_grad_norm=0,
@@ -343,7 +343,7 @@ def epoch_of(rows: int, size: str) -> None:
     """Print the seconds, for `epoch`."""
     job = Job("finetune", size, rows)
     took, _ = job.run("ours", None)
-    if utils.rank() == 0:
+    if ranks.rank() == 0:
         print(took * (len(job.data) / job.batch_size))
 
 

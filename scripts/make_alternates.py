@@ -28,6 +28,7 @@ import command_line  # noqa: E402
 import data_module  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
+import ranks  # noqa: E402
 import schema  # noqa: E402
 import utils  # noqa: E402
 from utils import BadInput  # noqa: E402
@@ -207,7 +208,7 @@ def check(args: argparse.Namespace) -> None:
         raise BadInput(f"--temperature {args.temperature} must be above 0: --greedy is what 0 would be")
     if args.seed < 0:
         raise BadInput(f"--seed {args.seed} must not be negative")
-    if utils.world_size() > 1:
+    if ranks.world_size() > 1:
         raise BadInput("one process writes the alternates: start the script with python, not torchrun")
     if args.file.exists():
         raise BadInput(f"--file {args.file} is there already: name another, or remove it")

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataloader  # noqa: E402
+import ranks  # noqa: E402
 import schema  # noqa: E402
-import utils  # noqa: E402
 
 
 def watch(trainer_class: type, seen: dict) -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         importlib.import_module(case["script"]).main()
         save_dir = next((arg.split("=", 1)[1] for arg in case["args"] if arg.startswith("save_dir=")), None)
         if save_dir and seen:
-            Path(f"{save_dir}.rank{utils.rank()}.json").write_text(json.dumps(seen))
+            Path(f"{save_dir}.rank{ranks.rank()}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 ROWS = [
+    {"ranks", "provenance"},
     {"utils", "losses", "metrics"},
     {"schema", "models", "data_module", "log_formats", "report", "scoring"},
     {"inference", "optimisation", "command_line"},

@@ -1,0 +1,103 @@
+"""The processes of one launch: who this one is, which share of the work is its own, and what all of them know.
+
+Importing it loads no torch: the command line asks for the rank before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def rank() -> int:
+    """This process's number among all processes of the launch; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterable[list]:
+    """This rank's batches, with a progress bar on rank 0.
+
+    Args:
+        sharded: whether a rank that runs out repeats a batch, so that ranks which share one model run equally many.
+    """
+    from tqdm import tqdm
+
+    mine = list(batches[rank() :: world_size()])
+    if sharded and batches:
+        mine += [batches[0]] * (-(-len(batches) // world_size()) - len(mine))
+    return tqdm(mine, desc=what, disable=rank() > 0, leave=False)
+
+
+def merge(found: dict) -> dict:
+    """All ranks' results on every rank."""
+    from accelerate.utils import gather_object
+
+    merged = {}
+    for part in gather_object([found]):
+        merged.update(part)
+    return merged
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    import accelerate
+    import torch
+    from accelerate.utils import broadcast_object_list
+
+    accelerate.PartialState(cpu=not torch.cuda.is_available())
+    return broadcast_object_list([value])[0]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A collated batch with its tensors on `device`."""
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+
+
+def release() -> None:
+    """End a job: wait for all ranks, forget what accelerate and DeepSpeed keep per process; the next starts clean."""
+    import accelerate
+    import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    accelerate.PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    accelerate.state.GradientState._reset_state()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Together:
+    """Keeps ranks that share one model in step: each forward is all ranks', though some have more to do than others."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def work(self) -> None:
+        """Call before every forward of this rank's own."""
+        self._anyone(True)
+
+    def wait(self) -> None:
+        """Run idle forwards until no rank has work left."""
+        import torch
+
+        idle = torch.zeros((1, 1), dtype=torch.long, device=self.model.device)
+        while self._anyone(False):
+            self.model(input_ids=idle, use_cache=False)
+
+    def _anyone(self, busy: bool) -> bool:
+        import torch
+
+        flag = torch.tensor(float(busy), device=self.model.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag > 0)
