@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ranks
-from schema import CHECKS, CONFIG_DIR, Finetune, Forget, check, choice, no_key, one_line, told, unknown
-from utils import BadInput
+from schema import CHECKS, CONFIG_DIR, Finetune, Forget, check, told
+from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
             argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), False
 
             @functools.wraps(task)
-            def job(cfg: DictConfig) -> None:
+            def job(cfg: DictConfig) -> Any:
                 nonlocal broken
                 sys.argv = typed  # as versions.json tells it
                 with contextlib.redirect_stderr(stderr):
@@ -77,13 +77,14 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     if HydraConfig.get().mode == RunMode.MULTIRUN:
                         log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
                     try:
-                        task(cfg)
+                        result = task(cfg)
                     except BadInput as error:
                         _stop(error)
                     except Exception:  # a bug, whatever its type: it keeps its traceback
                         broken = True
                         raise
                     after()
+                    return result
 
             with tempfile.TemporaryDirectory() as scratch:
                 try:

@@ -4,7 +4,6 @@ Nothing here depends on the number of processes or loader workers: a sample is a
 place in the epoch, and a step's samples are the same whatever the number of processes that share them.
 """
 
-import json
 import logging
 import sys
 import tempfile
@@ -127,36 +126,6 @@ def load_refusals() -> list[str]:
     """The sentences that idk and dpo teach instead of an answer."""
     lines = (utils.REPO / REFUSALS).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
-
-
-def load_alternates(path: str, rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[str]]:
-    """The wrong answers in a file of scripts/make_alternates.py, and the forget rows that they belong to.
-
-    Args:
-        path: JSON lines {"question", "answer", "alternate"}; a row has as many as it has lines.
-        rows: the forget set.
-
-    Returns:
-        Rows and alternates, one a line of the file.
-
-    Raises:
-        BadInput: a file that is not so, or of other rows than these.
-    """
-    try:
-        lines = [json.loads(line) for line in Path(utils.find(path)).read_text(encoding="utf-8").split("\n") if line]
-        found = [({key: line[key] for key in ("question", "answer")}, line["alternate"].strip()) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"forget_loss.alternates={path} cannot be read ({type(error).__name__}: {error}): it must hold lines like "
-            '{"question": "...", "answer": "...", "alternate": "..."}, as scripts/make_alternates.py writes them'
-        ) from None
-    have, want = ({(row["question"], row["answer"]) for row in these} for these in ((r for r, _ in found), rows))
-    if have != want:
-        raise BadInput(
-            f"forget_loss.alternates={path} was made for another split: {len(want - have)} rows of the forget set have "
-            f"none in it, and {len(have - want)} of its rows are not in the set; scripts/make_alternates.py makes one"
-        )
-    return [row for row, _ in found], [alternate for _, alternate in found]
 
 
 def prompt(tags: Tags, question: str) -> str:

@@ -6,54 +6,25 @@ reference. The file's name is TOFU's.
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-import losses
+import architectures
+import forward
 import models
-import optimisation
-import scoring
+import objective
 from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
-from losses import Scored, States
-from models import Engine
+from objective import Method, Term
 from utils import BadInput
+from views import Scored, States
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of an objective: weight * mean of function(views..., **args) over the global batch."""
-
-    name: str  # forget or retain; names it in the log
-    function: Callable[..., Tensor]
-    weight: float = 1.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-    bound: float = 0.0  # what counts is the mean's excess over it: a constraint's
-
-    @property
-    def contract(self) -> losses.Contract:
-        """What the function's signature asks for."""
-        return losses.contract(self.function)
-
-
-def objective(method: Any) -> list[Term]:
-    """The terms that a `config/forget_loss` file names: total = forget_weight * forget + retain_weight * retain."""
-    terms = [Term("forget", losses.FORGET[method.forget], method.forget_weight, dict(method.forget_args))]
-    if method.retain is not None:
-        bound = method.get("epsilon") or 0.0
-        terms.append(Term("retain", losses.RETAIN[method.retain], method.retain_weight, bound=bound))
-    return terms
-
-
-FINETUNE = [Term("retain", losses.nll)]  # finetuning is the retain term alone
 
 
 # logits that exist at once; where a micro-batch has more, its samples go through the output head in pieces, and each
@@ -64,59 +35,7 @@ ROW = 256  # tokens of a packed row: masks are dense, so attention's cost grows 
 
 def row_of(config: PretrainedConfig) -> int:
     """Tokens of a packed row. Flash attention knows samples apart in a single row only, and has no mask that grows."""
-    return ONE_ROW if config._attn_implementation.startswith(("flash", "flex")) else ROW
-
-
-def parts_of(terms: list[Term]) -> list[str]:
-    """The parts of a batch that the terms score, each once."""
-    return list(dict.fromkeys(part for term in terms for part in term.contract.parts))
-
-
-def needs_of(terms: list[Term]) -> set[str]:
-    """What of the starting model the terms compare with: "logp" of sequences, "live" distributions, or nothing."""
-    return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
-
-
-@dataclass
-class Dual:
-    """The dual variable of a constraint, retain <= the term's bound: it takes the place of the retain term's weight.
-
-    Source: Entesari et al. 2025, arXiv 2506.05314; updated once an optimiser step from the global mean.
-    """
-
-    value: float
-    eta: float
-    warmup: int  # optimiser steps in which it stays
-
-    def update(self, excess: float, step: int) -> None:
-        """Move it after optimiser step `step` (1 is the first), whose mean retain loss is `excess` above the bound."""
-        if step > self.warmup:
-            self.value = max(0.0, self.value + self.eta * excess)
-
-
-def dual_of(method: Any, args: TrainingArguments) -> Dual | None:
-    """The dual variable of a `config/forget_loss` file that has one."""
-    if "epsilon" not in method:
-        return None
-    if args.num_train_epochs <= method.dual_warmup_epochs:
-        log.warning("forget_loss.dual_warmup_epochs: the dual variable stays as it is in all of num_epochs")
-    steps = args.warmup_steps  # of an epoch: the learning rate warms up for one (optimisation.arguments)
-    return Dual(method.retain_weight, method.eta, method.dual_warmup_epochs * steps)
-
-
-def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """The 0/1 weight of each value that a term returns, in its order: its parts' tokens, or the samples.
-
-    Args:
-        sample: part -> (N,) the sample that each of its scored positions belongs to.
-        weight: (B,) of the samples; 0 at fillers.
-    """
-    if term.contract.unit == "sequence":
-        return weight
-    found = [sample[part] for part in term.contract.parts]
-    if skip := term.args.get("skip"):
-        found = [of[losses.later(of, skip)] for of in found]
-    return torch.cat([weight[of] for of in found])
+    return ONE_ROW if architectures.one_row_only(config) else ROW
 
 
 def answered(view: Scored) -> Scored:
@@ -136,38 +55,32 @@ class TofuTrainer(Trainer):
     def __init__(
         self,
         *,
-        terms: list[Term],
+        method: Method,
         reference: torch.nn.Module | None = None,
         logps: dict[Sample, float] | None = None,
         packing: bool = True,
-        block: int | None = None,
-        control_vector: Tensor | None = None,
-        dual: Dual | None = None,
         gradient_norms: bool = False,
         **kwargs: Any,
     ) -> None:
         """As `transformers.Trainer`, and:
 
         Args:
-            terms: the objective.
+            method: the objective's terms, and what the method does besides; `prepare` has run.
             reference: the frozen starting model, placed and sharded like `model`; None where no term needs one live,
                 or where it is `model` with its adapters off.
             logps: the starting model's sequence log-probabilities, where a term needs them: `reference_logps`.
             packing: samples end to end in rows, instead of each padded to the longest of its batch.
-            block: whose output terms on hidden states look at.
-            control_vector: (hidden,) of the terms that take one.
-            dual: takes the place of the retain term's weight.
             gradient_norms: log the norm of each weighted term's gradient, of the last step of each line.
         """
-        self.terms, self.reference, self.logps = terms, reference, logps
+        self.method, self.reference, self.logps = method, reference, logps
         self.row = row_of(kwargs["model"].config) if packing else None
-        kinds = {(part, kind) for term in terms for part, kind in term.contract.parts.items()}
+        kinds = {(part, kind) for term in self.terms for part, kind in term.contract.parts.items()}
         self.attended, self.states = (
             frozenset(part for part, kind in kinds if kind == wanted) for wanted in ("attended", "states")
         )
-        self.block, self.dual, self.gradient_norms = block, dual, gradient_norms
+        self.gradient_norms = gradient_norms
         super().__init__(data_collator=self._collate, **kwargs)
-        self.control_vector = None if control_vector is None else control_vector.to(self.args.device)
+        self.method.tensors = {name: tensor.to(self.args.device) for name, tensor in self.method.tensors.items()}
         self._running: dict[str, Tensor] = {}  # since the last line of the log
         self._step: dict[str, Tensor] = {}  # since the last optimiser step
         self._gradients: dict[str, list[Tensor]] = {}
@@ -178,8 +91,13 @@ class TofuTrainer(Trainer):
         self.tokens = 0.0
         self.add_callback(EachStep(self._after_step))
 
+    @property
+    def terms(self) -> list[Term]:
+        """The summands of the objective."""
+        return self.method.terms
+
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
-        names = parts_of(self.terms)
+        names = objective.parts_of(self.terms)
         parts = {name: [parts[name] for parts, _ in items] for name in names}
         batch = collate(parts, [weight for _, weight in items], self.attended, self.row, self.states)
         for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
@@ -218,7 +136,7 @@ class TofuTrainer(Trainer):
                     if kind == "completion":
                         scored &= batch["targets"] != IGNORE
                     of[name] = batch["sample"][scored]
-                counts[k] += float(weights_of(term, of, batch["weight"]).sum())
+                counts[k] += float(objective.weights_of(term, of, batch["weight"]).sum())
             read = batch["sample"][batch["sample"] >= 0]
             counts[-2] += float(batch["weight"][read].sum())
             counts[-1] = max(float(counts[-1]), float(batch["keep"].sum()))
@@ -237,18 +155,18 @@ class TofuTrainer(Trainer):
         """The objective's share of this micro-batch: one forward, then the terms."""
         pieces = self._pieces(inputs)
         views = self._reference_views(model, inputs, len(pieces) > 1)
-        views |= scoring.score(model, inputs, headless=len(pieces) > 1, block=self.block)
+        views |= forward.score(model, inputs, headless=len(pieces) > 1, block=self.method.block)
         if len(pieces) == 1:
             sums = self._sums(views, inputs["weight"])
         else:
             each = lambda piece: self._sums(self._headed(model, views, piece), inputs["weight"][piece])  # noqa: E731
             sums = sum(checkpoint(each, piece, use_reentrant=False) for piece in pieces)
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         total, shares, weighted = 0.0, {}, {}
         for k, term in enumerate(self.terms):
             share = (sums[k] / num_items_in_batch[k]).float() * self.accelerator.num_processes
             shares[term.name] = share.detach()
-            constraint = self.dual is not None and term.name == "retain"
-            weight = self.dual.value if constraint else term.weight
+            weight = self.method.term_weight(term, progress)
             weighted[term.name] = weight * share
             # each micro-batch of the step takes its part of the constant
             bound = weight * term.bound / self._micro_batches if term.bound else 0.0
@@ -270,10 +188,9 @@ class TofuTrainer(Trainer):
 
     def _after_step(self) -> None:
         """After each optimiser step, on every rank."""
-        if self.dual is not None:
-            retain = self.accelerator.reduce(self._step["retain"].reshape(1), "mean").item()
-            bound = next(term.bound for term in self.terms if term.name == "retain")
-            self.dual.update(retain - bound, self.state.global_step)
+        if objective.overrides(self.method, "after_step"):
+            means = self.accelerator.reduce(torch.stack([share.reshape(()) for share in self._step.values()]), "mean")
+            self.method.after_step(dict(zip(self._step, means.tolist(), strict=True)))
         self._norms = {}
         for name, gradients in self._gradients.items():
             whole = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
@@ -289,11 +206,10 @@ class TofuTrainer(Trainer):
             for name, kind in {**contract.parts, **contract.refs}.items():
                 more = kind == "completion" and name.removeprefix("ref_") in self.attended
                 given[name] = answered(views[name]) if more else views[name]
-            if contract.control:
-                given["control"] = self.control_vector
+            given |= {name: self.method.tensors[name] for name in contract.supplied}
             values = term.function(**given, **term.args)
             of = {name: given[name].sample for name in contract.parts}
-            sums.append((values * weights_of(term, of, weight)).sum())
+            sums.append((values * objective.weights_of(term, of, weight)).sum())
         return torch.stack(sums)
 
     def _pieces(self, inputs: dict[str, Any]) -> list[Tensor]:
@@ -304,12 +220,12 @@ class TofuTrainer(Trainer):
         batch_size, config = len(inputs["weight"]), self.model.config.get_text_config()
         size = self._largest * config.vocab_size if set(inputs["parts"]) - self.states else 0
         compiled = self.args.torch_compile  # its graph holds the head
-        if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in models.PACKABLE:
+        if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in architectures.PACKABLE:
             return [torch.arange(batch_size, device=inputs["weight"].device)]
         return list(torch.arange(batch_size, device=inputs["weight"].device).chunk(-(-size // LOGITS)))
 
     def _headed(self, model: torch.nn.Module, views: dict[str, Scored | Tensor], piece: Tensor) -> dict[str, Any]:
-        """The views of some samples, their logits made of what `scoring.score` left without the head."""
+        """The views of some samples, their logits made of what `forward.score` left without the head."""
         autocast, found = self.args.bf16 and self.args.deepspeed is None, {}
         for name, view in views.items():
             if isinstance(view, Tensor):
@@ -323,7 +239,7 @@ class TofuTrainer(Trainer):
             reference = name.startswith("ref_")
             source = self.reference if reference and self.reference is not None else model
             with torch.no_grad() if reference else contextlib.nullcontext():
-                found[name] = scoring.headed(source, cut, autocast)
+                found[name] = forward.headed(source, cut, autocast)
         return found
 
     def _stop_if_not_finite(self, shares: dict[str, Tensor]) -> None:
@@ -366,10 +282,10 @@ class TofuTrainer(Trainer):
             return known
         live = {name.removeprefix("ref_") for name in refs if name not in known}
         if self.reference is not None:
-            views = scoring.score(self.reference, inputs, live, headless=headless, block=self.block)
+            views = forward.score(self.reference, inputs, live, headless=headless, block=self.method.block)
         else:
-            with scoring.adapter_off(model):
-                views = scoring.score(model, inputs, live, headless=headless, block=self.block)
+            with forward.adapter_off(model):
+                views = forward.score(model, inputs, live, headless=headless, block=self.method.block)
         return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -381,7 +297,7 @@ class TofuTrainer(Trainer):
         if "loss" in logs:
             self._running, self._last_logged = {}, self.state.global_step
             logs["tokens"] = int(self.tokens)
-            logs |= self._norms | ({} if self.dual is None else {"dual": self.dual.value})
+            logs |= self._norms | self.method.result()
         super().log(logs, start_time)
 
 
@@ -422,33 +338,3 @@ class EachEpoch(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
         self.evaluate(state.global_step)
-
-
-def check_trainable(cfg: Any, family: Any, path: str, engine: Engine, states: bool = False) -> str | None:
-    """Refuse a model that can't be trained as a run's config asks for (`models.check_loadable`).
-
-    Returns:
-        The attention to load it with.
-
-    Raises:
-        BadInput: also for gradient norms where an engine shards the gradients.
-    """
-    if cfg.get("log_gradient_norms") and engine.name != "ddp":
-        raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {engine.name}")
-    attention = models.attention_of(family, cfg.attention)
-    keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
-    models.check_loadable(path, engine, attention, states=states, **keys)
-    return attention
-
-
-def load_model(path: str, engine: Engine, lora: Any, attention: str | None, optim: str) -> PreTrainedModel:
-    """The model to train: float32 weights, or adapters in float32 on a base in the precision of the computation."""
-    model = models.load(
-        path,
-        attention=attention,
-        dtype=optimisation.weights_type(engine, lora, optim),
-        shard=engine.name == "fsdp",
-        bf16_compute=engine.bf16,
-        quantize=lora.quantize,
-    )
-    return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+import architectures
 from data_module import IGNORE, Sample
 from utils import BadInput
 
@@ -35,19 +36,19 @@ def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
             masks would not keep.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if strange := kinds - {"full_attention", "sliding_attention"}:
+    if strange := architectures.layer_kinds(config) - architectures.ATTENDS:
         raise BadInput(f"{config.model_type} has {', '.join(sorted(strange))} layers: only attention can be evaluated")
-    window = getattr(config, "sliding_window", None)
-    if window and ("sliding_attention" in kinds or not kinds) and reach > window:
+    window = architectures.window(config)
+    if window and reach > window:
         raise BadInput(
             f"{config.model_type} attends to the last {window} tokens and a text has up to {reach}: take a smaller "
             "generation.max_length (or max_new_tokens)"
         )
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    training, attention = model.training, base.config._attn_implementation
-    if attention not in ("sdpa", "eager"):  # flash attention takes no masks
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    training, attention = model.training, architectures.attention_in_use(base.config)
+    masked = architectures.masked_attention(base)  # flash attention takes no masks
+    if masked is not None:
+        base.set_attn_implementation(masked)
     model.eval()
     # the mode is faster; where parameters train or an engine's hooks write them, its tensors would get in the way
     frozen = not any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters())
@@ -56,7 +57,7 @@ def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-        if attention not in ("sdpa", "eager"):
+        if masked is not None:
             base.set_attn_implementation(attention)
 
 

@@ -2,38 +2,25 @@
 
 What a function needs is its signature. Positional names are parts of the batch (`forget`, `idk`, `retain`), references
 to the frozen starting model (`ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored` its own view
-of the same positions), and `control: Tensor`, a run's unit vector in the space of hidden states. Keyword-only names are
-hyper-parameters; their numbers live in config/forget_loss/ (`skip`: no term for so many tokens at each answer's start).
-The return annotation says what the terms are, and the objective is their mean over the global batch.
+of the same positions), and tensors that the method supplies (`control: Tensor`, rmu's vector). Keyword-only names are
+hyper-parameters; their numbers live in config/forget_loss/ (`skip`: no term for so many tokens at each answer's
+start). The return annotation says what the terms are, and the objective is their mean over the global batch.
+
+A new loss is a function and its name in `FORGET` or `RETAIN` below. Its signature is read when it is used.
 """
 
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from views import Attended, Scored, States
 
-class Scored(NamedTuple):
-    """One model's logits at the scored positions of B samples, and what should have been predicted there."""
-
-    logits: Tensor  # (N, V) float32, unnormalised; N = scored positions of all samples
-    labels: Tensor  # (N,) token ids; -100 at positions of an `Attended` view that predict a prompt token
-    sample: Tensor  # (N,) which sample each position belongs to, 0..B-1, in any order; every sample has one at least
-
-
-class States(NamedTuple):
-    """What one block of a model hands on where it reads the answers of B samples, end tokens too."""
-
-    states: Tensor  # (N, hidden) float32
-    sample: Tensor  # (N,) as of `Scored`
-
-
-Attended = Annotated[Scored, "attended"]  # every position read, prompt too; a plain Scored: answer and end token only
 PerToken = Annotated[Tensor, "token"]  # (N,) terms, in the order of the views in the signature
 PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms
 
@@ -45,7 +32,7 @@ class Contract(NamedTuple):
     refs: dict[str, str]  # reference -> "logp", "completion", "attended" or "states"
     args: tuple[str, ...]  # hyper-parameters
     unit: str  # "token" or "sequence"
-    control: bool = False  # whether it takes the control vector
+    supplied: tuple[str, ...] = ()  # tensors that the method supplies (`objective.Method.tensors`)
 
     @property
     def states(self) -> bool:
@@ -65,24 +52,24 @@ def contract(loss: Callable[..., Tensor]) -> Contract:
         TypeError: a positional name that is no part or reference, or has no view; a default; or no unit.
     """
     hints = get_type_hints(loss, include_extras=True)
-    parts, refs, args, control = {}, {}, [], False
+    parts, refs, args, supplied = {}, {}, [], []
     for name, parameter in inspect.signature(loss).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             if parameter.default is not parameter.empty:
                 raise TypeError(f"{loss.__name__}: {name} has a default; its number belongs in config/forget_loss/")
             args.append(name)
-        elif name == "control":
-            control = True
         elif name in PARTS:
             parts[name] = _view(loss, name, hints.get(name))
         elif name.removeprefix("ref_") in PARTS:
             refs[name] = "logp" if hints.get(name) is Tensor else _view(loss, name, hints.get(name))
+        elif hints.get(name) is Tensor:
+            supplied.append(name)
         else:
             raise TypeError(f"{loss.__name__}: {name} is neither a part ({', '.join(PARTS)}) nor ref_ and a part")
     unit = get_args(hints.get("return"))[-1] if get_origin(hints.get("return")) is Annotated else None
     if unit not in ("token", "sequence"):
         raise TypeError(f"{loss.__name__}: annotate what it returns as PerToken or PerSequence")
-    return Contract(parts, refs, tuple(args), unit, control)
+    return Contract(parts, refs, tuple(args), unit, tuple(supplied))
 
 
 def _view(loss: Callable[..., Tensor], name: str, hint: Any) -> str:
@@ -333,15 +320,12 @@ def _forward_kl(current: Scored, reference: Scored) -> Tensor:
     return F.kl_div(logp, ref_logp, reduction="none", log_target=True).sum(-1)
 
 
-def _losses() -> Iterator[Callable[..., Tensor]]:
-    """The functions above that say that they return terms."""
-    for function in list(globals().values()):
-        if inspect.isfunction(function) and not function.__name__.startswith("_"):
-            returned = get_type_hints(function, include_extras=True).get("return")
-            if returned in (PerToken, PerSequence):
-                yield function
-
-
-# a loss that reads the forget set, its questions at least, is a forget loss
-FORGET = {loss.__name__: loss for loss in _losses() if {"forget", "idk"} & set(contract(loss).parts)}
-RETAIN = {loss.__name__: loss for loss in _losses() if loss.__name__ not in FORGET}
+# A loss that reads the forget set, or refusals to its questions, is a forget loss. A new one is named here.
+FORGET = {
+    loss.__name__: loss
+    for loss in (
+        *(grad_ascent, idk, idk_nll, dpo, npo, simnpo, rmu, undial, wga, tnpo, satimp, ceu, pdu),
+        *(max_entropy, max_entropy_reverse, learn),
+    )
+}
+RETAIN = {loss.__name__: loss for loss in (nll, kl, kl_completion, embed_diff)}

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
+import architectures
 import ranks
 import utils
 from utils import BadInput
@@ -118,16 +119,6 @@ def engine(name: str, ds_config: str, precision: str) -> Engine:
     return Engine(name, bf16, found)
 
 
-# model types whose packed samples don't see each other (tests/test_dataloader.py tries each): another may ignore
-# positions that begin anew, and nothing would tell
-PACKABLE = ("llama", "phi", "gpt_neox", "stablelm", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
-SUPPORT = {  # attention -> the mark of a model class that has it
-    "sdpa": "_supports_sdpa",
-    "flash_attention_2": "_supports_flash_attn",
-    "flex_attention": "_supports_flex_attn",
-}
-
-
 def check_loadable(
     path: str,
     engine: Engine,
@@ -177,18 +168,18 @@ def check_loadable(
 def _check_architecture(
     config: PretrainedConfig, attention: str | None, packing: bool, liger_kernel: bool, states: bool
 ) -> None:
-    if states and config.model_type not in PACKABLE:
+    if states and config.model_type not in architectures.PACKABLE:
         raise BadInput(
             f"the method looks at the hidden states of a block, and it is not known where {config.model_type} keeps "
-            f"its blocks: take another method, or one of {', '.join(PACKABLE)}"
+            f"its blocks: take another method, or one of {', '.join(architectures.PACKABLE)}"
         )
-    if packing and config.model_type not in PACKABLE:
+    if packing and config.model_type not in architectures.PACKABLE:
         raise BadInput(
             f"packing: it is not known whether packed samples of {config.model_type} see each other (known not to: "
-            f"{', '.join(PACKABLE)}): take packing=false"
+            f"{', '.join(architectures.PACKABLE)}): take packing=false"
         )
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if attention in SUPPORT and kind is not None and not getattr(kind, SUPPORT[attention], False):
+    if attention is not None and kind is not None and not architectures.has_attention(kind, attention):
         raise BadInput(f"attention={attention}: {config.model_type} has no such attention: take attention=auto")
     if liger_kernel:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -367,7 +358,7 @@ def save(
     folder: str | Path,
     *,
     bf16: bool,
-    away: Mapping[str, Any] | None = None,
+    change: Callable[[PreTrainedModel], None] | None = None,
 ) -> None:
     """Save the model whole, adapters merged, in one folder that `from_pretrained` loads; every rank must call this.
 
@@ -379,8 +370,7 @@ def save(
         tokenizer: goes into the same folder.
         folder: the run's folder; files appear in it whole.
         bf16: save the weights in bf16, the precision that they were used in; else in float32.
-        away: {"start", "alpha"}: save start - alpha * (model - start) instead, computed in float32; the model in the
-            folder `start` is where the training began. A task vector's negation, Ilharco et al., arXiv 2212.04089.
+        change: called on rank 0 with the whole model, adapters merged, in float32, just before it is saved.
     """
     peft = model if isinstance(model, PeftModel) else None
     quantized = peft is not None and getattr(peft.get_base_model(), "is_quantized", False)
@@ -391,7 +381,8 @@ def save(
         whole = get_peft_model(load(peft.get_base_model().name_or_path), peft.peft_config["default"])
         set_peft_model_state_dict(whole, get_peft_model_state_dict(peft))
         merged = whole.merge_and_unload()
-        _negate(merged, away)
+        if change is not None:
+            change(merged)
         merged = merged.to(torch.bfloat16 if bf16 else torch.float32)
         return _write(merged, tokenizer, Path(folder))
     config = copy.deepcopy((peft.get_base_model() if peft else model).config)
@@ -407,31 +398,14 @@ def save(
     if missing := [name for name, parameter in shell.named_parameters() if parameter.is_meta]:
         raise RuntimeError(f"parameters that the trained model did not give: {missing[:5]}")
     if peft is not None:
-        shell = (shell.float() if away else shell).merge_and_unload()
-    _negate(shell, away)
+        shell = (shell.float() if change is not None else shell).merge_and_unload()
+    if change is not None:
+        change(shell)
     shell = shell.to(torch.bfloat16 if bf16 else torch.float32)
     shell.generation_config = generation_config
     if generation_config is not None and (generation_config.temperature or generation_config.top_p):
         shell.generation_config.do_sample = True  # Llama-2's file has a temperature without it, which can't be saved
     _write(shell, tokenizer, Path(folder))
-
-
-@torch.no_grad()
-def _negate(model: PreTrainedModel, away: Mapping[str, Any] | None) -> None:
-    """Put each weight as far from the start on its other side, `alpha` times; tied weights once."""
-    if away is None:
-        return
-    unset_hf_deepspeed_config()  # while the training's is alive, loading shards, and the other ranks are not here
-    start = dict(load(away["start"]).named_parameters())
-    if (found := {name: p.shape for name, p in model.named_parameters()}) != {n: p.shape for n, p in start.items()}:
-        raise RuntimeError(f"other parameters than the starting model's: {sorted(set(found) ^ set(start))[:5]}")
-    for name, parameter in model.named_parameters():
-        parameter.data = task_negated(start[name].float(), parameter.float(), away["alpha"])
-
-
-def task_negated(start: torch.Tensor, finetuned: torch.Tensor, alpha: float) -> torch.Tensor:
-    """start - alpha * (finetuned - start). Source: Ilharco et al. 2022, arXiv 2212.04089."""
-    return start - alpha * (finetuned - start)
 
 
 def _gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:

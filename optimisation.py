@@ -52,7 +52,7 @@ def arguments(
     """
     if samples < ranks.world_size():
         raise BadInput(f"{ranks.world_size()} processes share {samples} rows: start at most {samples}")
-    per_epoch = _steps(samples, batch_size * gradient_accumulation_steps)
+    per_epoch = steps_per_epoch(samples, batch_size * gradient_accumulation_steps)
     if per_epoch * num_epochs < MOVING + 1:
         raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
     choice_of_optim = sorted(name.value for name in OptimizerNames)
@@ -149,8 +149,12 @@ def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> Non
 MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0
 
 
-def _steps(samples: int, per_process: int) -> int:
-    """Optimiser steps in an epoch, the last one perhaps over fewer samples."""
+def steps_per_epoch(samples: int, per_process: int) -> int:
+    """Optimiser steps in an epoch, the last one perhaps over fewer samples.
+
+    Args:
+        per_process: samples of one process in a step, all its micro-batches together.
+    """
     return -(-samples // (per_process * ranks.world_size()))
 
 
@@ -162,11 +166,11 @@ def _too_few_steps(samples: int, batch_size: int, accumulation: int, num_epochs:
     )
     for cut in (accumulation, 1):
         for size in range(batch_size, 0, -1):
-            if _steps(samples, size * cut) * num_epochs > MOVING:
+            if steps_per_epoch(samples, size * cut) * num_epochs > MOVING:
                 return f"{said}: take batch_size={size}" + (
                     " gradient_accumulation_steps=1" if cut < accumulation else ""
                 )
-    return f"{said}: take num_epochs={-(-(MOVING + 1) // _steps(samples, 1))}"
+    return f"{said}: take num_epochs={-(-(MOVING + 1) // steps_per_epoch(samples, 1))}"
 
 
 def weights_type(engine: Engine, lora: Any, optim: str) -> torch.dtype:

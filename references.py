@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-import dataloader
+import forward
 import losses
 import models
-import optimisation
+import objective
 import ranks
-import scoring
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
 from models import Engine
+from objective import Term
 
 log = logging.getLogger(__name__)
 
 
-def compared(data: TrainingSet, terms: Sequence[dataloader.Term], num_epochs: int) -> list[Sample]:
+def compared(data: TrainingSet, terms: Sequence[Term], num_epochs: int) -> list[Sample]:
     """Every sequence whose log-probability under the starting model a run needs, shortest first.
 
     Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.
@@ -54,7 +54,7 @@ def reference_logps(
     found = {}
     for batch in ranks.share(batches, "reference log-probabilities", sharded):
         inputs = ranks.to_device(collate({"forget": batch}), model.device)
-        logps = losses.sequence_logp(scoring.score(model, inputs)["forget"])
+        logps = losses.sequence_logp(forward.score(model, inputs)["forget"])
         found.update(zip(batch, logps.tolist(), strict=True))
     return ranks.merge(found)
 
@@ -121,17 +121,20 @@ def of_run(
     engine: Engine,
     attention: str | None,
     data: TrainingSet,
-    terms: Sequence[dataloader.Term],
+    terms: Sequence[Term],
+    trained_in: torch.dtype,
 ) -> dict[str, Any]:
     """What the Trainer is given of the starting model.
+
+    Args:
+        trained_in: the type of the trained model's weights.
 
     Returns:
         reference: the frozen model, where a term reads its distributions or states and all weights train. With LoRA the
             live one is the model itself, adapters off: there is never a second copy that nothing needs.
         logps: sample -> nats, where a term compares with them.
     """
-    needs = dataloader.needs_of(terms)
-    trained_in = optimisation.weights_type(engine, cfg.LoRA, cfg.optim)
+    needs = objective.needs_of(terms)
     loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
     load_frozen = partial(models.load_frozen, path, engine, **loading)
     frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None

@@ -1,22 +1,18 @@
 """The typed configs and their checks: what is refused is refused here, before anything is loaded."""
 
-import difflib
 import functools
-import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-import losses
 import metrics
 import ranks
 import utils
-from utils import BadInput
+from utils import BadInput, choice, no_key, one_line
 
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
@@ -72,7 +68,7 @@ class Finetune(Run):
 
 @dataclass
 class ForgetLoss:
-    """A file of config/forget_loss/."""
+    """A file of config/forget_loss/: the keys that every method has. A class that it names has keys of its own."""
 
     name: str = MISSING
     forget: str = MISSING
@@ -80,14 +76,7 @@ class ForgetLoss:
     forget_weight: float = MISSING
     retain: str | None = None
     retain_weight: float = MISSING
-    alternates: str | None = None
     by_split: dict[str, Any] | None = None
-    depth: float | None = None
-    blocks: int | None = None
-    epsilon: float | None = None
-    eta: float | None = None
-    dual_warmup_epochs: int | None = None
-    negate: float | None = None
     lr: float = MISSING
     num_epochs: int = MISSING
 
@@ -182,10 +171,12 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
     """
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
+        own = _own_keys(plain)
         _fit(kind, plain)
         typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
-        if missing := sorted(OmegaConf.missing_keys(typed) | OmegaConf.missing_keys(cfg)):
-            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...{MADE_BY.get(missing[0], '')}")
+        missing = OmegaConf.missing_keys(typed) | OmegaConf.missing_keys(cfg)
+        if missing := sorted(missing - {f"forget_loss.{key}" for key in own}):
+            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
     except OmegaConfBaseException as error:
         raise BadInput(told(error)) from None
     checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))
@@ -193,11 +184,20 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
         if OmegaConf.select(checked, key) is not None:  # no shell expands the ~ in save_dir=~/x
             OmegaConf.update(checked, key, os.path.expanduser(OmegaConf.select(checked, key)))
     CHECKS[kind](checked)
+    if kind is Forget:  # last, since it imports the losses
+        _check_method(checked, own)
     OmegaConf.set_readonly(checked, True)
     return checked
 
 
-MADE_BY = {"forget_loss.alternates": ", a file that scripts/make_alternates.py makes for a split (--help)"}
+def _own_keys(plain: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys out of `forget_loss` that the schema does not have: the method's class, and that class's own."""
+    method = plain.get("forget_loss")
+    if not isinstance(method, dict):
+        return {}
+    return {key: method.pop(key) for key in list(method) if key not in get_type_hints(ForgetLoss)}
+
+
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
@@ -227,11 +227,6 @@ def _words(hint: Any) -> str:
     return " or ".join(WORDS.get(one, "a group of keys") for one in get_args(hint) or (hint,))
 
 
-def one_line(error: object) -> str:
-    """An error's text without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def told(error: BaseException) -> str:
     """What a resolver of ours refused where that is behind an error of OmegaConf's; else that error's own line."""
     behind: BaseException | None = error
@@ -240,46 +235,13 @@ def told(error: BaseException) -> str:
     return one_line(behind or error)
 
 
-def unknown(key: str, value: Any, allowed: Iterable[str]) -> str:
-    """The line that refuses a value: the nearest of those allowed, and all of them."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{key}={value} is unknown{hint}: it may be {', '.join(allowed)}"
-
-
-def choice(key: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raise BadInput unless `value` is one of `allowed`; name the nearest."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise BadInput(unknown(key, value, allowed))
-
-
-def no_key(key: str, keys: list[str], of: str = "") -> str:
-    """The line that refuses an unknown key: the nearest ones, and those on its level."""
-    near = difflib.get_close_matches(key, keys, 2, 0.6)
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    level = key
-    while level and not any(name.startswith(level) for name in keys):
-        level = level[: level.rstrip(".").rfind(".") + 1]
-    beside = dict.fromkeys(level + name.removeprefix(level).split(".")[0] for name in keys if name.startswith(level))
-    return f"{key} is no key{of}{hint}: there are {', '.join(beside)}"
-
-
-def _at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False, prefix: str = "") -> None:
-    for key in keys:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not (math.isfinite(value) and (value > least if above else value >= least)):
-            raise BadInput(f"{prefix}{key}={value}: it must be {'above' if above else 'at least'} {least}")
-
-
 def _check_run(cfg: DictConfig) -> None:
     family(cfg.model_family)
     _check_engine(cfg)
-    _at_least(cfg, 1, "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps")
-    _at_least(cfg, 2, "max_length")
-    _at_least(cfg, 0, "lr", "LoRA.alpha", above=True)
-    _at_least(cfg, 0, "weight_decay", "max_grad_norm", "LoRA.r", "LoRA.dropout", "seed")
+    utils.at_least(cfg, 1, "batch_size", "gradient_accumulation_steps", "num_epochs", "logging_steps")
+    utils.at_least(cfg, 2, "max_length")
+    utils.at_least(cfg, 0, "lr", "LoRA.alpha", above=True)
+    utils.at_least(cfg, 0, "weight_decay", "max_grad_norm", "LoRA.r", "LoRA.dropout", "seed")
     if cfg.seed >= 2**32:
         raise BadInput(f"seed={cfg.seed}: it must be below 2**32")
     if cfg.LoRA.dropout >= 1:
@@ -310,20 +272,7 @@ def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
 def _check_forget(cfg: DictConfig) -> None:
     _check_run(cfg)
     method = cfg.forget_loss
-    _at_least(cfg, 0, "forget_loss.forget_weight", "forget_loss.retain_weight")
-    choice("forget_loss.forget", method.forget, losses.FORGET)
-    if method.retain is not None:
-        choice("forget_loss.retain", method.retain, losses.RETAIN)
-    wanted = losses.contract(losses.FORGET[method.forget]).args
-    if sorted(wanted) != sorted(method.forget_args):
-        raise BadInput(
-            f"forget_loss.forget_args={list(method.forget_args)}: {method.forget} takes {', '.join(wanted) or 'none'}"
-        )
-    for name, hint in get_type_hints(losses.FORGET[method.forget]).items():
-        if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
-            raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
-    _at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
-    _check_method(cfg)
+    utils.at_least(cfg, 0, "forget_loss.forget_weight", "forget_loss.retain_weight")
     if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
@@ -335,56 +284,52 @@ def _check_forget(cfg: DictConfig) -> None:
     _check_evaluate(cfg.eval, prefix="eval.")
 
 
-def _check_method(cfg: DictConfig) -> None:
-    """What a method's terms and its own keys ask of each other; keys that it does not have leave the config."""
+def _check_method(cfg: DictConfig, own: dict[str, Any]) -> None:
+    """The losses that a method names, their hyper-parameters, and the keys of its own class, which join the config.
+
+    Args:
+        own: the keys of `forget_loss` that the schema does not have.
+    """
+    import losses
+    import objective
+
     method = cfg.forget_loss
-    for key in OF_SOME:
-        if method[key] is None or key == "by_split":  # what by_split led to stands elsewhere
-            del method[key]
-    terms = {"forget": losses.contract(losses.FORGET[method.forget])}
-    if method.retain is not None:
-        terms["retain"] = losses.contract(losses.RETAIN[method.retain])
-        for part, kind in terms["retain"].parts.items():
-            if len(both := {kind, terms["forget"].parts.get(part, kind)}) > 1 and "states" in both:
-                raise BadInput(
-                    f"forget_loss.retain={method.retain}: {method.forget} reads the {part} samples' logits, and so "
-                    "can't have their hidden states: take forget_loss.retain=nll, kl, kl_completion or null"
-                )
-    states = any(term.states for term in terms.values())
-    for keys, wanted, of in (
-        (("depth", "blocks"), states, "a term on hidden states, as of forget_loss=rmu,"),
-        (("epsilon", "eta", "dual_warmup_epochs"), method.forget == "pdu", "the constraint of forget_loss=pdu"),
-        (("negate",), method.forget == "learn", "forget_loss=task_vector"),
-    ):
-        if wanted and (missing := [key for key in keys if key not in method]):
-            asked = " ".join(f"++forget_loss.{key}=..." for key in missing)
-            raise BadInput(f"forget_loss.{missing[0]} is missing: {of} needs {asked}")
-        if not wanted and (idle := [key for key in keys if key in method]):
-            raise BadInput(f"forget_loss.{idle[0]}: it belongs to {of} and {method.name} has none: leave it out")
-    if "alternates" in method and "idk" not in terms["forget"].parts:
-        raise BadInput(f"forget_loss.alternates: {method.name} reads none: leave it out, and sweep altpo by itself")
-    if states and cfg.torch_compile:
-        raise BadInput(f"torch_compile=true does not go with {method.name}, which looks at hidden states: leave it out")
-    if "epsilon" in method and method.retain is None:
-        raise BadInput("forget_loss.retain=null: the constraint forget_loss.epsilon is on a retain term: give one")
-    _at_least(cfg, 0, "forget_loss.depth", "forget_loss.eta", above=True)
-    _at_least(cfg, 0, "forget_loss.dual_warmup_epochs", "forget_loss.forget_args.skip", "forget_loss.epsilon")
-    _at_least(cfg, -math.inf, "forget_loss.negate")
-    _at_least(cfg, 1, "forget_loss.blocks")
-    if method.get("depth", 0) > 1:
-        raise BadInput(f"forget_loss.depth={method.depth}: it is a share of the blocks, at most 1")
-    if "alternates" in method and not os.path.isfile(utils.find(method.alternates)):
+    del method["by_split"]  # what it led to stands elsewhere
+    wanted = objective.contract_of("forget_loss.forget", method.forget).args
+    if sorted(wanted) != sorted(method.forget_args):
         raise BadInput(
-            f"forget_loss.alternates={method.alternates}: no such file; scripts/make_alternates.py makes one of a split"
+            f"forget_loss.forget_args={list(method.forget_args)}: {method.forget} takes {', '.join(wanted) or 'none'}"
         )
-    if "negate" in method and (cfg.eval_while_train or not cfg.save_model):
-        raise BadInput(
-            f"forget_loss={method.name} is what is saved, not what trains: take eval_while_train=false "
-            "save_model=true, and evaluate the saved model with evaluate_util.py"
-        )
+    for name, hint in get_type_hints(losses.FORGET[method.forget]).items():
+        if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
+            raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
+    utils.at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
+    utils.at_least(cfg, 0, "forget_loss.forget_args.skip")
+    kind = objective.class_of(own)
+    method.update(_fit_own(method.name, kind.Keys, {key: value for key, value in own.items() if key != "class"}))
+    if "class" in own:
+        method["class"] = own["class"]
+    objective.check_terms(cfg)
+    kind.check(cfg)
 
 
-OF_SOME = ("alternates", "by_split", "depth", "blocks", "epsilon", "eta", "dual_warmup_epochs", "negate")
+def _fit_own(name: str, keys: type, own: dict[str, Any]) -> dict[str, Any]:
+    """A method's own keys, typed as its class declares them.
+
+    Raises:
+        BadInput: a key that the class has not, or one that is missing or of another type.
+    """
+    for key in own:
+        if key not in get_type_hints(keys):
+            known = [one for one in (*get_type_hints(ForgetLoss), *get_type_hints(keys)) if one != "by_split"]
+            raise BadInput(no_key(f"forget_loss.{key}", [f"forget_loss.{one}" for one in known], f" of {name}"))
+    for one in fields(keys):
+        if own.get(one.name) in (None, "???"):
+            how = one.metadata.get("how")
+            told = f"give forget_loss.{one.name}=..., {how}" if how else f"{name} needs ++forget_loss.{one.name}=..."
+            raise BadInput(f"forget_loss.{one.name} is missing: {told}")
+    _fit(keys, own, "forget_loss.")
+    return OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(keys), own), structured_config_mode=SCMode.DICT)
 
 
 # what a run and its own evaluations have in common, because it is the model in memory that is evaluated
@@ -429,8 +374,8 @@ def _model_path(path: str | None, model_family: str, data_path: str) -> str:
 def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
     family(cfg.model_family)
     _check_engine(cfg, prefix)
-    _at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens", prefix=prefix)
-    _at_least(cfg, 2, "generation.max_length", prefix=prefix)
+    utils.at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens", prefix=prefix)
+    utils.at_least(cfg, 2, "generation.max_length", prefix=prefix)
     if cfg.use_pretrained or (cfg.reinitialize_weights and cfg.model_path is None):
         cfg.model_path = family(cfg.model_family).hf_key
     if cfg.model_path is None:

@@ -1,14 +1,16 @@
 """Run folders, versions, atomic writes, ranks: what every script needs and no method or metric knows of."""
 
+import difflib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ SHIPPED = ("config", "data/mini", "data/tiny")  # what the scripts make or git h
 PROBE_SECONDS = 5  # one question to the hub; the libraries' own retries take about 24 s each
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
 REFERENCE = "reference_logps.json"  # the starting model's log-probabilities: a run that replaces this one may use them
-CONTROL = "control_vector.json"  # rmu's direction and block
 ASIDE = ".writing."  # begins the name of what is not whole yet
 RECORDED = (
     "torch",
@@ -273,3 +274,42 @@ def _git(*args: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def one_line(error: object) -> str:
+    """An error's text without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def unknown(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """The line that refuses a value: the nearest of those allowed, and all of them."""
+    allowed = list(allowed)
+    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{key}={value} is unknown{hint}: it may be {', '.join(allowed)}"
+
+
+def choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raise BadInput unless `value` is one of `allowed`; name the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise BadInput(unknown(key, value, allowed))
+
+
+def no_key(key: str, keys: list[str], of: str = "") -> str:
+    """The line that refuses an unknown key: the nearest ones, and those on its level."""
+    near = difflib.get_close_matches(key, keys, 2, 0.6)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    level = key
+    while level and not any(name.startswith(level) for name in keys):
+        level = level[: level.rstrip(".").rfind(".") + 1]
+    beside = dict.fromkeys(level + name.removeprefix(level).split(".")[0] for name in keys if name.startswith(level))
+    return f"{key} is no key{of}{hint}: there are {', '.join(beside)}"
+
+
+def at_least(cfg: DictConfig, least: float, *keys: str, above: bool = False, prefix: str = "") -> None:
+    """Raise BadInput unless the numbers at these keys, where they are not null, are at least (or above) `least`."""
+    for key in keys:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (math.isfinite(value) and (value > least if above else value >= least)):
+            raise BadInput(f"{prefix}{key}={value}: it must be {'above' if above else 'at least'} {least}")

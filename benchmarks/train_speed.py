@@ -40,10 +40,10 @@ from transformers.utils import logging as library_logging  # noqa: E402
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
 import models  # noqa: E402
+import objective  # noqa: E402
 import ranks  # noqa: E402
 import references  # noqa: E402
 import schema  # noqa: E402
-import scoring  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "toy": (32, 2, 2, 2, 64),
@@ -72,7 +72,7 @@ class Plain(dataloader.TofuTrainer):
 
     def _collate(self, items):
         batch = {}
-        for name in dataloader.parts_of(self.terms):
+        for name in objective.parts_of(self.terms):
             one = data_module.collate({name: [parts[name] for parts, _ in items]})
             short = 0 if self.width is None else self.width - one["input_ids"].shape[1]
             batch[name] = {
@@ -167,13 +167,13 @@ class Job:
         method, self.batch_size, vocabulary = JOBS.get(name, (name, 8, None))
         tokenizer = models.load_tokenizer(str(GOLDEN), None)
         load = lambda split: data_module.load_rows(str(SHARED / "tofu"), split, ("question", "answer"), rows)  # noqa: E731
-        self.terms = dataloader.FINETUNE
+        self.method = objective.finetuning()
         sets = {"retain": load("full")}
         if method != "finetune":
             with initialize_config_dir(str(schema.CONFIG_DIR), version_base="1.3"):
                 found = compose("forget", [f"forget_loss={method}", "split=forget10"]).forget_loss
-            self.terms = dataloader.objective(OmegaConf.create(OmegaConf.to_container(found, resolve=True)))
-            parts = dataloader.parts_of(self.terms)
+            self.method = objective.method_of(OmegaConf.create(OmegaConf.to_container(found, resolve=True)))
+            parts = objective.parts_of(self.method.terms)
             sets = {"forget": load("forget10")}
             sets |= {"retain": load("retain90")} if "retain" in parts else {}
             sets |= {"refusals": data_module.load_refusals()} if "idk" in parts else {}
@@ -181,13 +181,9 @@ class Job:
         self.model = make_model(size, vocabulary or len(tokenizer))
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.second, self.logps, self.size = None, None, size
-        self.needs = dataloader.needs_of(self.terms)
-        self.steering = {}
-        if any(term.contract.states for term in self.terms):
-            block = scoring.block_at(self.model.config, found.depth)
-            scoring.train_only(self.model, block, found.blocks)
-            control = scoring.control_vector(self.model.config.hidden_size, 0)
-            self.steering = {"block": block, "control_vector": control}
+        self.needs = objective.needs_of(self.method.terms)
+        with tempfile.TemporaryDirectory() as folder:
+            self.method.prepare(self.model, Path(folder), 0)
 
     def reference(self) -> LlamaForCausalLM:
         """The second model."""
@@ -199,7 +195,7 @@ class Job:
     def kept(self) -> dict:
         """Ours computes these once before a run; the run's own time has them in it once, not in every step."""
         if self.logps is None and "logp" in self.needs:
-            samples = references.compared(self.data, self.terms, 1)
+            samples = references.compared(self.data, self.method.terms, 1)
             self.logps = references.reference_logps(self.reference(), samples, self.batch_size, False)
         return self.logps
 
@@ -234,10 +230,10 @@ class Job:
                 use_liger_kernel=kind == "liger",
                 liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},
             )
-            common = {"model": self.model, "args": args, "train_dataset": self.data, "terms": self.terms}
+            common = {"model": self.model, "args": args, "train_dataset": self.data, "method": self.method}
             if kind in ("ours", "compiled", "liger"):
                 live = self.reference() if "live" in self.needs else None
-                trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept(), **self.steering)
+                trainer = dataloader.TofuTrainer(**common, reference=live, logps=self.kept())
             else:
                 trainer = Plain(**common, reference=self.reference() if self.needs else None)
                 trainer.width = WIDTHS[kind]

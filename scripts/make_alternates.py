@@ -285,7 +285,7 @@ def main() -> None:
     try:
         run(args)
     except BadInput as error:
-        sys.stderr.write(f"error: {schema.one_line(error)}\n")
+        sys.stderr.write(f"error: {utils.one_line(error)}\n")
         sys.exit(2)
 
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
+import objective  # noqa: E402
 import schema  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
@@ -121,7 +122,7 @@ def main() -> None:
             use_cpu=True,
         )
         model = make_model(len(tokenizer))
-        dataloader.TofuTrainer(model=model, args=args, train_dataset=data, terms=dataloader.FINETUNE).train()
+        dataloader.TofuTrainer(model=model, args=args, train_dataset=data, method=objective.finetuning()).train()
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         aside.chmod(0o755)

@@ -8,9 +8,9 @@ import torch
 from conftest import MINI, read_table, write_table
 
 import data_module
+import forward
 import models
 import schema
-import scoring
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
 from utils import BadInput
 
@@ -178,7 +178,7 @@ def test_score_equals_the_models_own_loss(model_folder, tokenizer):
     model = models.load(str(model_folder)).eval()
     rows = read_table("forget01")
     samples = [data_module.encode(tokenizer, FAMILY, row["question"], row["answer"], 200) for row in rows]
-    view = scoring.score(model, data_module.collate({"forget": samples}))["forget"]
+    view = forward.score(model, data_module.collate({"forget": samples}))["forget"]
     nll = torch.nn.functional.cross_entropy(view.logits, view.labels, reduction="none")
     for i, sample in enumerate(samples):
         ids = torch.tensor([[*sample.input_ids, tokenizer.eos_token_id]])

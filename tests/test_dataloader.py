@@ -12,12 +12,15 @@ from test_inference import ARCHITECTURES, WORDS, make, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import is_torchao_available
 
+import architectures
 import data_module
 import dataloader
+import forward
 import losses
 import models
+import objective
 import references
-import scoring
+import rmu
 import utils
 
 
@@ -30,9 +33,10 @@ def items():
 
 def trainer_of(model, terms, folder, **kwargs):
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", per_device_train_batch_size=4)
+    method = objective.Method(terms)
     if any(term.contract.states for term in terms):
-        kwargs |= {"block": 0, "control_vector": scoring.control_vector(model.config.hidden_size, 0)}
-    return dataloader.TofuTrainer(model=model, args=args, train_dataset=[0], terms=terms, **kwargs)
+        method.block, method.tensors = 0, {"control": rmu.control_vector(model.config.hidden_size, 0)}
+    return dataloader.TofuTrainer(model=model, args=args, train_dataset=[0], method=method, **kwargs)
 
 
 def step(trainer, samples):
@@ -53,16 +57,16 @@ def gentle(term):
 
 
 def prepared(name, method):
-    terms = dataloader.FINETUNE
+    terms = objective.finetuning().terms
     if method != "finetune":
-        terms = dataloader.objective(checked("forget", f"forget_loss={method}", *NEEDED.get(method, [])).forget_loss)
+        terms = objective.terms_of(checked("forget", f"forget_loss={method}", *NEEDED.get(method, [])).forget_loss)
     terms = [dataclasses.replace(term, args={**term.args, **gentle(term)}) for term in terms]
     model, reference = make(name), make(name)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     if any(term.contract.states for term in terms):
-        scoring.train_only(model, 0, 1)
+        rmu.train_only(model, 0, 1)
     samples = items()
     everything = sorted({sample for parts, _ in samples for sample in parts.values()})
     logps = references.reference_logps(reference, everything, 3, False)
@@ -120,10 +124,10 @@ def test_logits_in_pieces_are_the_whole_ones(monkeypatch, tmp_path, name, method
 def test_adapters_that_are_frozen_stay_so():
     """Switching adapters off for the reference and on again lets peft train all of them; the method's choice stands."""
     model = models.add_lora(make("Llama"), r=2, alpha=2, dropout=0.0)
-    scoring.train_only(model, 1, 1)
+    rmu.train_only(model, 1, 1)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 and all("layers.1.mlp.down_proj.lora_" in name for name in trained)
-    with scoring.adapter_off(model):
+    with forward.adapter_off(model):
         pass
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
 
@@ -139,7 +143,7 @@ def test_flash_attention_gets_one_row():
 def test_one_forward_is_separate_ones(tmp_path, method):
     """All parts in one batch of packed rows, against a plain forward of each sample by itself."""
     model, _, terms, samples, _ = prepared("Llama", method)
-    parts = dataloader.parts_of(terms)
+    parts = objective.parts_of(terms)
     got = step(trainer_of(model, terms, tmp_path), samples)
     model.zero_grad()
     nll = {part: [] for part in parts}
@@ -162,7 +166,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
     _, reference, terms, samples, logps = prepared("Llama", "dpo")
     for sample, value in logps.items():
         with torch.no_grad():
-            view = scoring.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
+            view = forward.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
         assert value == pytest.approx(losses.sequence_logp(view).item(), abs=1e-5, rel=1e-5)
     order, engine = list(logps), models.Engine("ddp", False)
     made_from = references.logps_fingerprint(order, "model a", engine)
@@ -225,7 +229,7 @@ def test_a_model_that_is_not_all_attention_is_not_packed(tmp_path):
         with pytest.raises(utils.BadInput, match=f"packed samples of {kind} see each other.*: take packing=false"):
             models.check_loadable(str(tmp_path), engine, packing=True)
         models.check_loadable(str(tmp_path), engine)
-    assert {make(name).config.model_type for name in ARCHITECTURES} == set(models.PACKABLE)
+    assert {make(name).config.model_type for name in ARCHITECTURES} == set(architectures.PACKABLE)
 
 
 def test_an_attention_that_a_model_lacks_is_refused(tmp_path):

@@ -16,9 +16,12 @@ from test_configs import METHODS
 from transformers import AutoModelForCausalLM
 
 import forget
-import models
+import losses
+import objective
+import pdu
+import rmu
 import schema
-import scoring
+import task_vector
 import utils
 
 STEPS = 4  # of 20 rows in batches of 10, two epochs
@@ -74,9 +77,9 @@ def test_rmu_trains_what_it_names(run, model_folder, tmp_path, lora):
     assert moved(saved, weights(model_folder)) == {"model.layers.0.mlp.down_proj.weight"}
     assert lines[0]["retain_loss"] == pytest.approx(0, abs=1e-9) and lines[-1]["retain_loss"] > 0
     assert lines[-1]["forget_loss"] < lines[0]["forget_loss"]
-    kept = json.loads((tmp_path / "run" / utils.CONTROL).read_text())
+    kept = json.loads((tmp_path / "run" / rmu.CONTROL).read_text())
     assert kept["block"] == 0 and math.hypot(*kept["vector"]) == pytest.approx(1, abs=1e-6)
-    assert kept["vector"] == scoring.control_vector(32, 42).tolist()
+    assert kept["vector"] == rmu.control_vector(32, 42).tolist()
 
 
 def test_rmu_with_cross_entropy_on_the_retain_set(run, model_folder):
@@ -113,14 +116,17 @@ def test_the_dual_variable_moves_once_a_step(run, tmp_path, batch_size, accumula
 
 def test_a_dual_variable_never_falls_below_zero():
     """100 + 5 (0.904942 - 0.3) = 103.024710; with a bound of 5 and eta 30 it is cut at 0."""
-    from dataloader import Dual
-
+    terms = [objective.Term("forget", losses.pdu), objective.Term("retain", losses.nll, 100.0)]
     for bound, eta, expected in ((0.3, 5, 103.024710), (5, 30, 0.0)):
-        dual = Dual(100.0, eta, warmup=3)
-        dual.update(0.904942 - bound, 3)
-        assert dual.value == 100
-        dual.update(0.904942 - bound, 4)
-        assert dual.value == pytest.approx(expected, abs=1e-6)
+        method = pdu.Pdu(terms, epsilon=bound, eta=eta, dual_warmup_epochs=3)  # of one step each
+        for _ in range(3):
+            method.after_step({"retain": 0.904942})
+        assert method.dual == 100
+        method.after_step({"retain": 0.904942})
+        assert method.dual == method.term_weight(method.terms[1], 0.5) == pytest.approx(expected, abs=1e-6)
+        again = pdu.Pdu(terms, epsilon=bound, eta=eta, dual_warmup_epochs=3)
+        again.load_state_dict(method.state_dict())
+        assert again.result() == method.result() == {"dual": method.dual}
 
 
 def test_a_task_vector_is_gone_the_other_way(run, model_folder):
@@ -140,7 +146,7 @@ def test_a_task_vector_is_gone_the_other_way(run, model_folder):
 def test_task_negated_by_hand():
     """docs/methods.md has the numbers."""
     start, finetuned = torch.tensor([1, -2, 0.5]), torch.tensor([1.5, -1, 0.25])
-    assert models.task_negated(start, finetuned, 0.5).tolist() == [0.75, -2.5, 0.625]
+    assert task_vector.negated(start, finetuned, 0.5).tolist() == [0.75, -2.5, 0.625]
 
 
 def test_idk_with_kl(run):
@@ -204,13 +210,16 @@ def test_names_from_elsewhere(run, tmp_path, capsys):
         (("forget_loss=pdu", "forget_loss.retain=null"), "the constraint forget_loss.epsilon is on a retain term"),
         (
             ("forget_loss=idk", "forget_loss.retain=embed_diff"),
-            "idk reads the retain samples' logits, and so can't have",
+            "idk reads the retain samples' logits, and so cannot have",
         ),
-        (("forget_loss=npo", "++forget_loss.blocks=3"), "forget_loss.blocks: it belongs to a term on hidden states"),
+        (("forget_loss=npo", "++forget_loss.blocks=3"), "forget_loss.blocks is no key of npo"),
         (("forget_loss=pdu", "forget_loss.epsilon=null"), "needs ++forget_loss.epsilon=..."),
-        (("forget_loss=npo", "++forget_loss.negate=1"), "it belongs to forget_loss=task_vector and npo has"),
-        (("forget_loss=task_vector", "forget_loss.negate=null"), "forget_loss=task_vector needs ++forget_loss.negate"),
-        (("forget_loss=npo", "++forget_loss.alternates=x"), "npo reads none: leave it out, and sweep altpo by itself"),
+        (("forget_loss=npo", "++forget_loss.negate=1"), "forget_loss.negate is no key of npo"),
+        (
+            ("forget_loss=task_vector", "forget_loss.negate=null"),
+            "forget_loss.negate is missing: task_vector needs ++forget_loss.negate",
+        ),
+        (("forget_loss=npo", "++forget_loss.alternates=x"), "forget_loss.alternates is no key of npo"),
         (("forget_loss=rmu", "torch_compile=true"), "does not go with rmu, which looks at hidden states"),
         (("forget_loss=task_vector", "eval_while_train=true"), "evaluate the saved model with evaluate_util.py"),
         (("forget_loss=ceu", "forget_loss.forget_args.skip=0.5"), "it must be a whole number"),

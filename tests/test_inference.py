@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
+import forward
 import inference
 import losses
-import scoring
 from data_module import IGNORE, Sample, collate
 
 WORDS = 50
@@ -72,7 +72,7 @@ def test_tree_scores_are_the_plain_ones(model):
     with inference.ready(model, 64):
         found = inference.score_trees(model, [inference.tree(samples) for samples in rows()])
         for samples, scores in zip(rows(), found, strict=True):
-            view = scoring.score(model, collate({"forget": samples}))["forget"]
+            view = forward.score(model, collate({"forget": samples}))["forget"]
             expected = -losses.sequence_logp(view)
             assert [count for _, count in scores] == torch.bincount(view.sample).tolist()
             assert [total for total, _ in scores] == pytest.approx(expected.tolist(), abs=1e-5, rel=1e-5)

@@ -6,11 +6,13 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 ROWS = [
     {"ranks", "provenance"},
-    {"utils", "losses", "metrics"},
-    {"schema", "models", "data_module", "log_formats", "report", "scoring"},
-    {"inference", "optimisation", "command_line"},
+    {"utils", "views", "architectures", "metrics"},
+    {"models", "data_module", "losses", "log_formats", "report", "forward"},
+    {"objective", "inference"},
+    {"rmu", "pdu", "task_vector", "altpo", "references", "schema"},
+    {"command_line", "optimisation"},
     {"evaluate_util", "dataloader"},
-    {"references"},
+    {"job"},
     {"finetune", "forget", "aggregate_eval_stat"},
 ]
 

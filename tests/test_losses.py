@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from test_configs import METHODS, checked
 
 import command_line
-import dataloader
 import losses
+import objective
 import schema
 from losses import FORGET, RETAIN, Scored, States
 
@@ -89,7 +89,7 @@ def states_view(states, labels) -> States:
 def arguments(loss, toy, view=view) -> dict:
     """What a loss takes by name, from padded logits or hidden states of each part and reference."""
     contract = losses.contract(loss)
-    found = {"control": toy["u"]} if contract.control else {}
+    found = {name: toy["u"] for name in contract.supplied}
     for name in (*contract.parts, *contract.refs):
         part = name.removeprefix("ref_")
         kind = {**contract.parts, **contract.refs}[name]
@@ -164,7 +164,7 @@ NAMED = {
 def test_named_method(toy, overrides):
     """What each name means, composed as a command line would and put together as the trainer does."""
     method, *more = overrides
-    terms = dataloader.objective(checked("forget", f"forget_loss={method}", *more).forget_loss)
+    terms = objective.method_of(checked("forget", f"forget_loss={method}", *more).forget_loss).terms
     total = sum(term.weight * (value(term.function, toy, **term.args) - term.bound) for term in terms)
     assert total == pytest.approx(NAMED[overrides], abs=1.1e-6)
 
@@ -415,7 +415,7 @@ def test_contract_reads_signatures():
         ("beta", "scale"),
         "sequence",
     )
-    assert losses.contract(losses.kl) == ({"retain": "attended"}, {"ref_retain": "attended"}, (), "token", False)
+    assert losses.contract(losses.kl) == ({"retain": "attended"}, {"ref_retain": "attended"}, (), "token", ())
     assert losses.contract(losses.kl_completion).refs == {"ref_retain": "completion"}
     assert list(losses.contract(losses.idk).parts) == ["idk", "retain"]
 

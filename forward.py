@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from losses import Scored, States
+import architectures
+from views import Scored, States
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them
 
@@ -87,34 +88,9 @@ def _watched(model: torch.nn.Module, block: int, to_there: bool) -> Iterator[lis
 
 
 def blocks_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder blocks of a model of a type in PACKABLE, the first one first."""
-    return _whole(model).base_model.layers
-
-
-def block_at(config: PretrainedConfig, depth: float) -> int:
-    """The block (from 0) at a share of the depth: 0.5 is the 8th of 16."""
-    return max(1, round(depth * config.num_hidden_layers)) - 1
-
-
-def train_only(model: torch.nn.Module, block: int, count: int) -> None:
-    """Freeze everything but the MLP output projections of `block` and of the blocks below it, `count` in all.
-
-    The projection is an MLP's last linear layer, whatever a family calls it; of a model with adapters, its adapter.
-    """
-    adapted = isinstance(model, PeftModel)
-    trained = set()
-    for one in blocks_of(model)[max(0, block + 1 - count) : block + 1]:
-        linear = [module for module in one.mlp.modules() if hasattr(module, "out_features")]
-        outer = [module for module in linear if not adapted or hasattr(module, "lora_A")]
-        trained |= {id(parameter) for parameter in outer[-1].parameters() if parameter.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-
-
-def control_vector(hidden: int, seed: int) -> torch.Tensor:
-    """(hidden,) rmu's direction: drawn uniformly from [0, 1)^hidden and of length 1; the same on every rank."""
-    drawn = torch.rand(hidden, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm()
+    """The decoder blocks of a model of a known type, inside of engines' and adapters' wrappers."""
+    whole = _whole(model)
+    return architectures.blocks_of(whole.base_model, whole.config.model_type)
 
 
 def _whole(model: torch.nn.Module) -> PreTrainedModel:
@@ -126,16 +102,17 @@ def _whole(model: torch.nn.Module) -> PreTrainedModel:
 def _headless(model: torch.nn.Module) -> Iterator[None]:
     """The model's output head hands on what it is given, and nothing comes after it."""
     whole = _whole(model)
-    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    head, key = whole.get_output_embeddings(), architectures.soft_cap_key(whole.config)
+    cap = getattr(whole.config, key) if key else None
     head.forward = lambda states: states
-    if cap is not None:
-        whole.config.final_logit_softcapping = None
+    if key:
+        setattr(whole.config, key, None)
     try:
         yield
     finally:
         del head.forward
-        if cap is not None:
-            whole.config.final_logit_softcapping = cap
+        if key:
+            setattr(whole.config, key, cap)
 
 
 def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
@@ -145,7 +122,8 @@ def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
         bf16: whether the head computes in bf16 over weights of another type, as the model's forward does.
     """
     whole = _whole(model)
-    head, cap = whole.get_output_embeddings(), getattr(whole.config, "final_logit_softcapping", None)
+    head, key = whole.get_output_embeddings(), architectures.soft_cap_key(whole.config)
+    cap = getattr(whole.config, key) if key else None
     with torch.autocast(view.logits.device.type, torch.bfloat16, enabled=bf16):
         logits = head(view.logits.to(head.weight.dtype)).float()
     return view._replace(logits=logits if cap is None else torch.tanh(logits / cap) * cap)

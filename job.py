@@ -1,0 +1,186 @@
+"""What a run of finetune.py and one of forget.py have in common, from the checked config to the saved model."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+import data_module
+import dataloader
+import evaluate_util
+import models
+import objective
+import optimisation
+import references
+import schema
+import utils
+from objective import Method
+from utils import BadInput
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("question", "answer")
+
+
+class Job:
+    """One training run. Whatever can be refused is refused before `start` makes the run's folder.
+
+    Attributes:
+        path: the model that the run starts from, a folder or a hub id.
+        data: the training samples; set by `read`.
+        evaluator: evaluates the model in memory; None where the run does not evaluate.
+    """
+
+    def __init__(self, cfg: DictConfig, path: str, key: str, method: Method) -> None:
+        """Find the model and read its tokenizer.
+
+        Args:
+            cfg: the checked config.
+            path, key: the model to start from, and the config key that names it.
+
+        Raises:
+            BadInput: no such model, or no tokenizer that the suite can use.
+        """
+        self.cfg, self.method = cfg, method
+        self.family = schema.family(cfg.model_family)
+        self.path = models.resolve(path, key)
+        self.tokenizer = models.load_tokenizer(self.path, self.family.end_token)
+        self.engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+        self.evaluator: evaluate_util.Evaluator | None = None
+
+    def read(self) -> None:
+        """Read and encode the rows that the method's terms ask for.
+
+        Raises:
+            BadInput: no such data, or a row that leaves no room for its answer.
+        """
+        cfg, parts = self.cfg, objective.parts_of(self.method.terms)
+        sets: dict[str, Any] = {}
+        if {"forget", "idk"} & set(parts):
+            forget = data_module.load_rows(cfg.data_path, cfg.split, COLUMNS)
+            sets["forget"], sets["alternates"] = self.method.rows(forget)
+            if "idk" in parts and sets["alternates"] is None:
+                sets["refusals"] = data_module.load_refusals()
+        if "retain" in parts:
+            split = cfg.retain_split if sets else cfg.split  # finetuning's only rows are those of its split
+            sets["retain"] = data_module.load_rows(cfg.data_path, split, COLUMNS)
+        self.data = data_module.TrainingSet(self.tokenizer, self.family, cfg.max_length, cfg.seed, **sets)
+
+    def check(self) -> None:
+        """Refuse a model that can't be trained as the config asks for, and settings that the Trainer would refuse.
+
+        Raises:
+            BadInput: see `models.check_loadable` and `optimisation.arguments`; also gradient norms where an engine
+                shards the gradients.
+        """
+        cfg = self.cfg
+        if cfg.get("log_gradient_norms") and self.engine.name != "ddp":
+            raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {self.engine.name}")
+        self.attention = models.attention_of(self.family, cfg.attention)
+        keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
+        states = any(term.contract.states for term in self.method.terms)
+        models.check_loadable(self.path, self.engine, self.attention, states=states, **keys)
+
+    def evaluates(self) -> None:
+        """Read and tokenise the evaluation's sets.
+
+        Raises:
+            BadInput: see `evaluate_util.Evaluator`.
+        """
+        cfg = self.cfg
+        self.evaluator = evaluate_util.Evaluator(cfg.eval, self.tokenizer, cfg.forget_loss.name, "eval.")
+
+    def start(self) -> Path:
+        """Make the run's folder, once the Trainer's arguments are known to be right.
+
+        Raises:
+            BadInput: see `optimisation.arguments` and `utils.start_run`.
+        """
+        cfg, method = self.cfg, self.method
+        self.args = optimisation.arguments(
+            cfg.save_dir,
+            samples=len(self.data),
+            engine=self.engine,
+            gradient_checkpointing=self.family.gradient_checkpointing,
+            **{key: cfg[key] for key in optimisation.ARGUMENTS},
+        )
+        method.start, method.num_epochs = self.path, cfg.num_epochs
+        method.steps_per_epoch = optimisation.steps_per_epoch(
+            len(self.data), cfg.batch_size * cfg.gradient_accumulation_steps
+        )
+        keep = (utils.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
+        read = (self.path, *method.reads())
+        self.out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
+        return self.out
+
+    def trainer(self) -> dataloader.TofuTrainer:
+        """Compute what the method needs of the reference model, load the model to train, and put it into a Trainer."""
+        cfg, method = self.cfg, self.method
+        weights = optimisation.weights_type(self.engine, cfg.LoRA, cfg.optim)
+        compares = references.of_run(
+            self.out, cfg, self.path, self.engine, self.attention, self.data, method.terms, weights
+        )
+        model = self._load(weights)
+        method.prepare(model, self.out, cfg.seed)
+        trainer = dataloader.TofuTrainer(
+            model=model,
+            args=self.args,
+            train_dataset=self.data,
+            method=method,
+            packing=cfg.packing,
+            gradient_norms=cfg.get("log_gradient_norms", False),
+            **compares,
+            **optimisation.stochastic(cfg.optim, self.args),
+        )
+        if self.evaluator is not None:
+            trainer.add_callback(dataloader.EachEpoch(lambda step: self.evaluate(trainer.model, step)))
+        return trainer
+
+    def _load(self, weights: Any) -> PreTrainedModel:
+        """The model to train: all its weights, or adapters in float32 that are drawn from the seed."""
+        lora = self.cfg.LoRA
+        model = models.load(
+            self.path,
+            attention=self.attention,
+            dtype=weights,
+            shard=self.engine.name == "fsdp",
+            bf16_compute=self.engine.bf16,
+            quantize=lora.quantize,
+        )
+        set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
+        return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
+
+    def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
+        """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder."""
+        return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded)
+
+    def evaluate_only(self) -> dict[str, Any]:
+        """Evaluate the starting model as it is, into checkpoint-0.
+
+        Raises:
+            BadInput: see `models.check_loadable` and `utils.start_run`.
+        """
+        cfg = self.cfg
+        models.check_loadable(self.path, self.engine)
+        self.evaluates()
+        self.out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
+        scores = self.evaluate(models.load_frozen(self.path, self.engine), 0)
+        utils.finish_run(self.out, scores)
+        return scores
+
+    def finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
+        """Save the model and the scores, which say that the run is complete.
+
+        Returns:
+            The scores: of the training, of the method and, on rank 0, of the last evaluation.
+        """
+        if self.cfg.get("save_model", True):
+            change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
+            models.save(trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, change=change)
+        scores = self.evaluator.scores if self.evaluator is not None else {}
+        done = {**trained, **self.method.result(), **scores}
+        utils.finish_run(self.out, done)
+        return done
