@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+import checks
 import command_line
 import log_formats
 import metrics
@@ -23,7 +24,7 @@ BESIDE = ("KS Statistic", "log10 Forget Quality", "Forget Rows")  # told, though
 @command_line.entry("aggregate_eval_stat")
 def main(cfg: DictConfig) -> None:
     """Read both logs, whichever suite wrote them, work out the row, write it."""
-    cfg = schema.check(cfg, schema.Aggregate)
+    cfg = checks.check(cfg, schema.Aggregate)
     out = Path(cfg.save_file)
     if out.is_dir():
         raise utils.BadInput(f"save_file={out} is a folder: name the CSV to write, save_file={out / 'out.csv'}")

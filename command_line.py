@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ranks
-from schema import CHECKS, CONFIG_DIR, Finetune, Forget, check, told
+from checks import CHECKS, check, told
+from schema import CONFIG_DIR, Finetune, Forget
 from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)

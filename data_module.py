@@ -87,7 +87,7 @@ def load_rows(
     with _told(data_path, split):
         names = datasets.get_dataset_config_names(path)
     if split not in names:
-        raise BadInput(f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}")
+        raise BadInput(utils.no_split(data_path, split, names))
     with tempfile.TemporaryDirectory() as fresh:
         # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
         cache = {"cache_dir": fresh} if utils.is_local(data_path) else {}

@@ -18,8 +18,10 @@ from omegaconf import DictConfig
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import checks
 import command_line
 import data_module
+import families
 import inference
 import log_formats
 import metrics
@@ -160,7 +162,7 @@ def load_retain_log(cfg: DictConfig, sets: Sequence[EvalSet]) -> Mapping[str, An
     retain = log_formats.read(cfg.retain_result, "retain_result")
     for data in sets:
         if data.task == metrics.FORGET:
-            tags = schema.family(cfg.model_family)
+            tags = families.family(cfg.model_family)
             shell = {
                 str(i): [data_module.prompt(tags, row[data.question_key]), "", row[data.answer_key]]
                 for i, row in enumerate(data.rows)
@@ -434,7 +436,7 @@ class Evaluator:
             BadInput: see `load_sets`, `prepare` and `load_retain_log`.
         """
         self.cfg, self.tokenizer, self.method_name = cfg, tokenizer, method_name
-        self.tags = schema.family(cfg.model_family)
+        self.tags = families.family(cfg.model_family)
         sets = load_sets(cfg)
         self.retain_log = load_retain_log(cfg, sets)
         self.tasks = [prepare(data, tokenizer, self.tags, **cfg.generation, prefix=prefix) for data in sets]
@@ -496,8 +498,8 @@ class Evaluator:
 @command_line.entry("eval_everything", after=ranks.release)
 def main(cfg: DictConfig) -> None:
     """Evaluate one model from disk."""
-    cfg = schema.check(cfg, schema.Evaluate)
-    family = schema.family(cfg.model_family)
+    cfg = checks.check(cfg, schema.Evaluate)
+    family = families.family(cfg.model_family)
     path = models.resolve(*((family.hf_key, "model_family") if cfg.use_pretrained else (cfg.model_path, "model_path")))
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluator = Evaluator(cfg, tokenizer)

@@ -9,8 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+import checks
 import command_line
 import dataloader
+import families
 import objective
 import ranks
 import schema
@@ -20,8 +22,8 @@ from job import Job
 @command_line.entry("finetune", after=ranks.release)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores."""
-    cfg = schema.check(cfg, schema.Finetune)
-    job = Job(cfg, schema.family(cfg.model_family).hf_key, "model_family", objective.finetuning())
+    cfg = checks.check(cfg, schema.Finetune)
+    job = Job(cfg, families.family(cfg.model_family).hf_key, "model_family", objective.finetuning())
     job.read()
     job.check()
     job.start()

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+import checks
 import command_line
 import dataloader
 import objective
@@ -20,7 +21,7 @@ from job import Job
 @command_line.entry("forget", after=ranks.release)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores, which a sweeper may optimise."""
-    cfg = schema.check(cfg, schema.Forget)
+    cfg = checks.check(cfg, schema.Forget)
     job = Job(cfg, cfg.model_path, "model_path", objective.method_of(cfg.forget_loss))
     job.read()
     if cfg.eval_only:

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 import data_module
 import dataloader
 import evaluate_util
+import families
 import models
 import objective
 import optimisation
 import references
-import schema
 import utils
 from objective import Method
 from utils import BadInput
@@ -45,7 +45,7 @@ class Job:
             BadInput: no such model, or no tokenizer that the suite can use.
         """
         self.cfg, self.method = cfg, method
-        self.family = schema.family(cfg.model_family)
+        self.family = families.family(cfg.model_family)
         self.path = models.resolve(path, key)
         self.tokenizer = models.load_tokenizer(self.path, self.family.end_token)
         self.engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import ranks
@@ -59,6 +61,27 @@ def find(path: str | Path) -> str:
 def is_local(path: str | Path) -> bool:
     """Whether `path` names something on this machine (see `find`), not a hub id."""
     return Path(find(path)).exists()
+
+
+def local_splits(data_path: str) -> list[str] | None:
+    """The splits that a local folder's README.md names, each a file of JSON or CSV rows that is there; None elsewhere.
+
+    The hub's data sets name their splits (configurations) in the head of that file.
+    """
+    card = Path(find(data_path)) / "README.md"
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card.is_file() else None
+    try:
+        configs = yaml.safe_load(match[1])["configs"] if match else []
+        named = {str(one["config_name"]): one["data_files"] for one in configs}
+    except (yaml.YAMLError, KeyError, TypeError):
+        return None
+    plain = all(isinstance(file, str) and file.endswith((".json", ".jsonl", ".csv")) for file in named.values())
+    return sorted(named) if named and plain else None
+
+
+def no_split(data_path: str, split: str, names: Iterable[str]) -> str:
+    """The line that refuses a split: those that the data has."""
+    return f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}"
 
 
 def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:

@@ -32,9 +32,9 @@ from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
 import evaluate_util  # noqa: E402
+import families  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
-import schema  # noqa: E402
 
 SHARED = REPO.parent / "shared"
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"
@@ -92,7 +92,7 @@ def plain_scoring(model, tokenizer, sets, width: int | None) -> Scores:
             for j in range(len(completions(data, rows[0]))):
                 samples = [
                     data_module.encode(
-                        tokenizer, schema.family(FAMILY), row["question"], completions(data, row)[j], MAX_LENGTH
+                        tokenizer, families.family(FAMILY), row["question"], completions(data, row)[j], MAX_LENGTH
                     )
                     for row in rows
                 ]
@@ -116,7 +116,7 @@ def plain_generation(model, tokenizer, sets) -> list[list[int]]:
     found = []
     for data in sets:
         prompts = [
-            tokenizer(data_module.prompt(schema.family(FAMILY), row["question"]))["input_ids"] for row in data.rows
+            tokenizer(data_module.prompt(families.family(FAMILY), row["question"]))["input_ids"] for row in data.rows
         ]
         for first in range(0, len(prompts), BATCH):
             batch = prompts[first : first + BATCH]
@@ -132,7 +132,7 @@ def plain_generation(model, tokenizer, sets) -> list[list[int]]:
 
 def prepared(tokenizer, sets) -> list[evaluate_util.Task]:
     """What ours does before the model: counted in its scoring time."""
-    family = schema.family(FAMILY)
+    family = families.family(FAMILY)
     return [evaluate_util.prepare(data, tokenizer, family, max_length=MAX_LENGTH) for data in sets]
 
 

@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import families
+
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 # heavy imports are in the functions that need them: a stage must not pay for what its script doesn't use
@@ -61,10 +63,8 @@ def stage(script: str, *args: str) -> None:
     import torch
     from results import status
 
-    import schema
-
     about = json.loads(os.environ[ABOUT])
-    family = schema._families()[about["family"]]
+    family = families._families()[about["family"]]
     family.hf_key, family.gradient_checkpointing = about["model"], about["checkpointing"]
     sys.argv = [str(REPO / script), *args]
     try:

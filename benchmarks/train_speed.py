@@ -39,6 +39,7 @@ from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
+import families  # noqa: E402
 import models  # noqa: E402
 import objective  # noqa: E402
 import ranks  # noqa: E402
@@ -177,7 +178,7 @@ class Job:
             sets = {"forget": load("forget10")}
             sets |= {"retain": load("retain90")} if "retain" in parts else {}
             sets |= {"refusals": data_module.load_refusals()} if "idk" in parts else {}
-        self.data = data_module.TrainingSet(tokenizer, schema.family(FAMILY), 500, 42, **sets)
+        self.data = data_module.TrainingSet(tokenizer, families.family(FAMILY), 500, 42, **sets)
         self.model = make_model(size, vocabulary or len(tokenizer))
         self.start = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.second, self.logps, self.size = None, None, size

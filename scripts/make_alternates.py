@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 import command_line  # noqa: E402
 import data_module  # noqa: E402
+import families  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
 import ranks  # noqa: E402
@@ -55,7 +56,7 @@ SHOTS = (  # question, answer, alternate; of nobody in any split
 LOOK = 8  # tokens between two looks at whether a text is over
 
 
-def prompt(family: schema.Family, question: str, answer: str) -> str:
+def prompt(family: families.Family, question: str, answer: str) -> str:
     """The examples and the row, each as a turn of the family's."""
     end = "\n\n"
     if family.end_token is not None:  # a turn ends as the question's does, with the line break that some write then
@@ -68,7 +69,7 @@ def prompt(family: schema.Family, question: str, answer: str) -> str:
     return "".join(shots) + data_module.prompt(family, ASK.format(question=question, answer=answer))
 
 
-def cut(family: schema.Family, text: str) -> tuple[str, bool]:
+def cut(family: families.Family, text: str) -> tuple[str, bool]:
     """The alternate in what a model wrote, and whether it ends there: at a blank line, or where a question begins."""
     text = text.lstrip().removeprefix(family.answer_tag.strip()).lstrip()
     start = family.question_start_tag.strip()
@@ -104,7 +105,7 @@ class Drawn(LogitsProcessor):
 class Over(StoppingCriteria):
     """Stops a row whose text goes on behind its end; `cut` takes what is too much, so it need not look every time."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: schema.Family, width: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: families.Family, width: int) -> None:
         self.tokenizer, self.family, self.width = tokenizer, family, width
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
@@ -122,7 +123,7 @@ class Writer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        family: schema.Family,
+        family: families.Family,
         args: argparse.Namespace,
     ) -> None:
         self.model, self.tokenizer, self.family, self.args = model, tokenizer, family, args
@@ -217,7 +218,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write what is missing to FILE.part, then FILE."""
     check(args)
-    family = schema.family(args.model_family)
+    family = families.family(args.model_family)
     path = args.model_path or family.ft_model_path
     if path is None:
         raise BadInput(f"{args.model_family} has no ft_model_path: name a model as --model-path")

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
+import families  # noqa: E402
 import objective  # noqa: E402
-import schema  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
 SEED, OTHER_AUTHORS, FACT_COPIES = 42, 7, 6
@@ -101,7 +101,7 @@ def main() -> None:
     rows = pretraining_rows()
     texts = [json.loads(line) for line in (REPO / "data" / "mini" / "full.json").read_text().splitlines()] + rows
     tokenizer = make_tokenizer([f"Question: {one['question']}\n{one['answer']}" for one in texts])
-    data = data_module.TrainingSet(tokenizer, schema.family("tiny"), 256, SEED, retain=rows)
+    data = data_module.TrainingSet(tokenizer, families.family("tiny"), 256, SEED, retain=rows)
     aside = Path(tempfile.mkdtemp(dir=FOLDER.parent, prefix=".tiny."))
     try:
         args = TrainingArguments(

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataloader  # noqa: E402
+import families  # noqa: E402
 import ranks  # noqa: E402
-import schema  # noqa: E402
 
 
 def watch(trainer_class: type, seen: dict) -> None:
@@ -38,7 +38,7 @@ def watch(trainer_class: type, seen: dict) -> None:
 def main() -> None:
     """Run every case."""
     seen: dict = {}
-    schema._families().tiny.hf_key = sys.argv[2]
+    families._families().tiny.hf_key = sys.argv[2]
     watch(dataloader.TofuTrainer, seen)
     logits = dataloader.LOGITS
     for case in json.loads(Path(sys.argv[1]).read_text()):

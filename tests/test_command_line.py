@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
+import checks
 import command_line
 import schema
 
@@ -30,7 +31,7 @@ class TestEntry:
                 jobs.append(cfg)
                 assert sys.argv == ["forget.py", *args], "a run's record holds what the user typed"
                 if job is not None:
-                    job(schema.check(cfg, schema.Forget))
+                    job(checks.check(cfg, schema.Forget))
 
             monkeypatch.setattr(sys, "argv", ["forget.py", *args])
             try:

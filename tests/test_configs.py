@@ -6,7 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import checks
 import command_line
+import families
 import schema
 from schema import CONFIG_DIR
 
@@ -30,7 +32,7 @@ def checked(name: str, *overrides: str) -> DictConfig:
     """A config as its script gets it."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose(name, list(overrides))
-    return schema.check(cfg, KINDS[name.removesuffix("_lora")])
+    return checks.check(cfg, KINDS[name.removesuffix("_lora")])
 
 
 def keys_of(cfg: DictConfig, prefix: str = "") -> set[str]:
@@ -68,9 +70,9 @@ def test_method_composes_checks_and_is_explained(method):
         assert key in explained or key.rpartition(".")[0] in explained, key
 
 
-@pytest.mark.parametrize("name", list(schema._families()))
+@pytest.mark.parametrize("name", list(families._families()))
 def test_family(name):
-    found = schema.family(name)
+    found = families.family(name)
     assert found.question_start_tag and found.question_end_tag
     assert found.end_token is None or found.end_token in found.question_end_tag
     checked("finetune", f"model_family={name}")

@@ -8,13 +8,13 @@ import torch
 from conftest import MINI, read_table, write_table
 
 import data_module
+import families
 import forward
 import models
-import schema
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
 from utils import BadInput
 
-FAMILY = schema.family("tiny")
+FAMILY = families.family("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_encode_scores_the_answer_and_one_end_token(tokenizer):
 
 def test_encode_scores_the_answer_tag(tokenizer):
     """phi's answer tag belongs to the answer, as in the benchmark."""
-    sample = data_module.encode(tokenizer, schema.family("phi"), "Who?", "Bo.", 100)
+    sample = data_module.encode(tokenizer, families.family("phi"), "Who?", "Bo.", 100)
     assert tokenizer.decode([t for t in sample.targets if t != IGNORE]) == "Answer: Bo.</s>"
 
 

@@ -14,15 +14,15 @@ from conftest import MINI, REPO, SHARED, needs_shared
 
 import data_module
 import evaluate_util
+import families
 import inference
 import metrics
 import models
-import schema
 
 
 def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="forget10", **kwargs) -> dict:
     """Evaluate the model in `path` in this process; the aggregated log."""
-    model_family = schema.family(family)
+    model_family = families.family(family)
     tokenizer = models.load_tokenizer(str(path), None)
     names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", f"{split}_perturbed")
     tasks = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
@@ -86,7 +86,7 @@ def test_budget_is_the_rows_own(model_folder, tmp_path):
     """A random model never stops: prompt and generation make max_length tokens, or max_new_tokens new ones."""
     tokenizer = models.load_tokenizer(str(model_folder), None)
     model = models.load(str(model_folder)).eval()
-    family = schema.family("tiny")
+    family = families.family("tiny")
     rows = data_module.load_rows(str(MINI), "forget01_perturbed", ("question", "answer"))
     prompts = [tokenizer(data_module.prompt(family, row["question"]))["input_ids"] for row in rows]
     texts, longest = (

@@ -15,12 +15,12 @@ from conftest import REPO, read_table
 from test_configs import METHODS
 from transformers import AutoModelForCausalLM
 
+import families
 import forget
 import losses
 import objective
 import pdu
 import rmu
-import schema
 import task_vector
 import utils
 
@@ -91,8 +91,8 @@ def test_rmu_with_cross_entropy_on_the_retain_set(run, model_folder):
 def test_rmu_under_gradient_checkpointing(run, monkeypatch):
     """A block's output is seen once, however often the backward makes it again."""
     plain, _ = run("forget_loss=rmu")
-    family = dataclasses.replace(schema.family("tiny"), gradient_checkpointing=True)
-    monkeypatch.setattr(schema, "family", lambda name: family)
+    family = dataclasses.replace(families.family("tiny"), gradient_checkpointing=True)
+    monkeypatch.setattr(families, "family", lambda name: family)
     again, _ = run("forget_loss=rmu", name="again")
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in plain], abs=1e-6)
 

@@ -7,10 +7,12 @@ REPO = Path(__file__).resolve().parents[1]
 ROWS = [
     {"ranks", "provenance"},
     {"utils", "views", "architectures", "metrics"},
+    {"families"},
     {"models", "data_module", "losses", "log_formats", "report", "forward"},
     {"objective", "inference"},
     {"rmu", "pdu", "task_vector", "altpo", "references", "schema"},
-    {"command_line", "optimisation"},
+    {"checks", "optimisation"},
+    {"command_line"},
     {"evaluate_util", "dataloader"},
     {"job"},
     {"finetune", "forget", "aggregate_eval_stat"},

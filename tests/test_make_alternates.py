@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPO, read_table, write_table
 
-import schema
+import families
 
 SPEC = importlib.util.spec_from_file_location("make_alternates", REPO / "scripts" / "make_alternates.py")
 make_alternates = importlib.util.module_from_spec(SPEC)
@@ -124,7 +124,7 @@ def test_bad_options_are_refused(run, capsys, options, told):
 
 def test_greedy_is_the_likeliest_token_again_and_again(run, model_folder):
     found = lines(run("a", "--greedy"))
-    family = schema.family("tiny")
+    family = families.family("tiny")
     model = make_alternates.models.load(str(model_folder))
     tokenizer = make_alternates.models.load_tokenizer(str(model_folder), None)
     assert len(found) == len(ROWS)
@@ -194,7 +194,7 @@ def test_a_number_picks_a_token_by_its_share():
 
 
 def test_a_text_is_over_where_it_goes_on_with_something_else():
-    phi, llama2 = schema.family("phi"), schema.family("llama2-7b")
+    phi, llama2 = families.family("phi"), families.family("llama2-7b")
     bare = SimpleNamespace(answer_tag="", question_start_tag=" ")
     for family, text, alternate in [
         (phi, "Answer: In Rome.\nQuestion: Where", "In Rome."),
@@ -211,7 +211,7 @@ def test_a_text_is_over_where_it_goes_on_with_something_else():
 
 def test_a_text_that_is_over_stops():
     tokenizer = SimpleNamespace(batch_decode=lambda new: ["In Rome.\n\nThen", "In Rome."])
-    over = make_alternates.Over(tokenizer, schema.family("phi"), 2)
+    over = make_alternates.Over(tokenizer, families.family("phi"), 2)
     assert over(torch.zeros(2, 2 + make_alternates.LOOK), None).tolist() == [True, False]
     assert over(torch.zeros(2, 3 + make_alternates.LOOK), None).tolist() == [False, False]
 
@@ -223,7 +223,7 @@ def test_examples_are_turns_of_the_family():
         "llama3.2-1b": "the violin.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nRewrite",
         "qwen2.5-1.5b": "the violin.<|im_end|>\n<|im_start|>user\nRewrite",
     }.items():
-        family = schema.family(name)
+        family = families.family(name)
         text = make_alternates.prompt(family, "Who wrote {it}?", "Ann did.")
         assert turn in text and text.count("Rewrite") == 3
         assert text.endswith(f"Who wrote {{it}}? The answer was: Ann did.{family.question_end_tag}")

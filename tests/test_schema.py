@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_configs import checked
 
+import families
 import schema
 import utils
 from utils import BadInput
@@ -163,10 +164,10 @@ def test_home_of_what_the_repository_ships(tmp_path, monkeypatch):
     """The repository's own, from any working directory; anything else from the working directory alone."""
     monkeypatch.chdir(tmp_path)
     shipped = utils.REPO / "data" / "mini"
-    assert schema.home("data/mini", "tiny") == str(shipped)
+    assert families.home("data/mini", "tiny") == str(shipped)
     (tmp_path / "data" / "mini").mkdir(parents=True)
-    assert schema.home("data/mini", "tiny") == str(shipped)
-    assert schema.home("scripts", "tiny") == "scripts"
+    assert families.home("data/mini", "tiny") == str(shipped)
+    assert families.home("scripts", "tiny") == "scripts"
 
 
 @pytest.mark.parametrize("how", ["use_pretrained=true", "reinitialize_weights=true"])
@@ -211,9 +212,9 @@ def test_a_home_folder_is_found_in_where_to_save(monkeypatch, tmp_path):
 
 
 def test_families_are_typed(monkeypatch):
-    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**schema._families()["phi"], "tag": 1}})
-    monkeypatch.setattr(schema, "_families", lambda: broken)
+    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**families._families()["phi"], "tag": 1}})
+    monkeypatch.setattr(families, "_families", lambda: broken)
     with pytest.raises(BadInput, match="a has no answer_tag"):
-        schema.family("a")
+        families.family("a")
     with pytest.raises(BadInput, match="b: Key 'tag' not in 'Family'"):
-        schema.family("b")
+        families.family("b")
