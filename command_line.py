@@ -77,6 +77,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                         log.info("taken as: %s", " ".join(argv[1:]))
                     if HydraConfig.get().mode == RunMode.MULTIRUN:
                         log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
+                    log.info("%s: checking the config, then loading the libraries", os.path.basename(argv[0]))
                     try:
                         result = task(cfg)
                     except BadInput as error:

@@ -20,8 +20,8 @@ class Family:
     question_start_tag: str = MISSING
     question_end_tag: str = MISSING
     answer_tag: str = MISSING
-    flash_attention2: bool = MISSING
-    gradient_checkpointing: bool = MISSING
+    flash_attention2: bool = False
+    gradient_checkpointing: bool = False
     ft_model_path: str | None = None
     end_token: str | None = None
 

@@ -11,18 +11,19 @@ from omegaconf import DictConfig
 
 import checks
 import command_line
-import dataloader
 import families
-import objective
 import ranks
 import schema
-from job import Job
 
 
 @command_line.entry("finetune", after=ranks.release)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores."""
     cfg = checks.check(cfg, schema.Finetune)
+    import dataloader  # here, so that a refused command line does not wait for the heavy libraries
+    import objective
+    from job import Job
+
     job = Job(cfg, families.family(cfg.model_family).hf_key, "model_family", objective.finetuning())
     job.read()
     job.check()

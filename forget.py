@@ -11,17 +11,18 @@ from omegaconf import DictConfig
 
 import checks
 import command_line
-import dataloader
-import objective
 import ranks
 import schema
-from job import Job
 
 
 @command_line.entry("forget", after=ranks.release)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores, which a sweeper may optimise."""
     cfg = checks.check(cfg, schema.Forget)
+    import dataloader  # here, so that a refused command line does not wait for the heavy libraries
+    import objective
+    from job import Job
+
     job = Job(cfg, cfg.model_path, "model_path", objective.method_of(cfg.forget_loss))
     job.read()
     if cfg.eval_only:
