@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--trees DIR ...] [--repetitions N] [--no-results] [--json FILE]
 
-Each command is started anew, every tree's in turn, and the median is told, beside `python -c "import torch"` in the same
+Each command is started anew, every tree in turn, and the median is told, beside `python -c "import torch"` in the same
 run. `--trees` names checkouts to compare (before and after a change, say); without it, this one. The imports are what
 `python -X importtime` adds up over a run of a few seconds with random weights, from its first line to its last.
 """

@@ -134,4 +134,4 @@ def test_the_methods_page_repeats_the_configs():
 def test_the_benchmarks_have_learning_rates_of_methods_that_exist():
     """The embedded model of every method: README.md sends its users there."""
     tiny, tofu = (set(OmegaConf.load(CONFIG_DIR.parent / "benchmarks" / f"{on}_lrs.yaml")) for on in ("tiny", "tofu"))
-    assert tiny == set(METHODS) and {"grad_ascent", "npo", "simnpo"} < tofu <= tiny - {"altpo"}
+    assert tiny <= set(METHODS) and {"grad_ascent", "npo", "simnpo"} < tofu <= tiny - {"altpo"}
