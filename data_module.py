@@ -133,6 +133,24 @@ def prompt(tags: Tags, question: str) -> str:
     return tags.question_start_tag + question + tags.question_end_tag
 
 
+def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """A text's token ids and, of each, the characters that it spans; the begin token included.
+
+    Some tokenizers end every text with an end token. It never reaches a model: after it nothing would be answered.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets, added = (encoded[key] for key in ("input_ids", "offset_mapping", "special_tokens_mask"))
+    end = len(ids)
+    while end > 1 and added[end - 1] and offsets[end - 1][0] == offsets[end - 1][1]:
+        end -= 1
+    return ids[:end], offsets[:end]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str) -> list[int]:
+    """The token ids that a model is asked a question with."""
+    return tokenised(tokenizer, prompt(tags, question))[0]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str, answer: str, max_length: int, key: str = "max_length"
 ) -> Sample:
@@ -149,10 +167,7 @@ def encode(
         BadInput: no answer token is left within `max_length`.
     """
     start = prompt(tags, question)
-    encoded = tokenizer(start + tags.answer_tag + answer, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
-        ids, offsets = ids[:-1], offsets[:-1]  # some tokenizers add it by themselves
+    ids, offsets = tokenised(tokenizer, start + tags.answer_tag + answer)
     border = next((i for i, (first, last) in enumerate(offsets) if last > len(start)), len(ids))
     cut = len(ids) >= max_length
     ids = ids[:max_length] if cut else [*ids, tokenizer.eos_token_id]

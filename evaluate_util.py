@@ -140,7 +140,7 @@ def prepare(
         task.questions.append(data_module.prompt(tags, question))
         task.answers.append(list(answers))
         task.trees.append(inference.tree(samples))
-        task.prompts.append(tokenizer(task.questions[-1])["input_ids"])
+        task.prompts.append(data_module.prompt_ids(tokenizer, tags, question))
         task.likely.append([(*sample.input_ids, sample.targets[-1]) for sample in samples])
         task.budgets.append(max_new_tokens or max(0, max_length - len(task.prompts[-1])))
     if cut:

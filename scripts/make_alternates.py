@@ -139,8 +139,7 @@ class Writer:
 
     def __call__(self, prompts: list[str], places: list[tuple[int, int]], attempt: int) -> list[str]:
         """An alternate a prompt, for (row, number) of `places`: a function of the seed, these two and the attempt."""
-        ids = [self.tokenizer(text)["input_ids"] for text in prompts]
-        ids = [one[:-1] if one[-1] == self.ends[0] else one for one in ids]  # some tokenizers add it by themselves
+        ids = [data_module.tokenised(self.tokenizer, text)[0] for text in prompts]
         width, device = max(map(len, ids)), self.model.device
         read = torch.tensor([[self.ends[0]] * (width - len(one)) + one for one in ids], device=device)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], device=device)

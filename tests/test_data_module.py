@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MINI, read_table, write_table
 
+import altpo
 import data_module
 import families
 import forward
@@ -215,7 +216,7 @@ def test_alternates_stand_in_for_refusals(tokenizer, tmp_path):
     path = tmp_path / "alternates.jsonl"
     lines = [{**row, "alternate": f"No {k}."} for row in rows for k in (1, 2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    forget, alternates = data_module.load_alternates(str(path), rows)
+    forget, alternates = altpo.load_alternates(str(path), rows)
     data = TrainingSet(tokenizer, FAMILY, 500, 1, forget=forget, alternates=alternates)
     assert len(data) == 8
     for slot in (Slot(epoch, place, 1.0) for epoch in range(2) for place in range(8)):
@@ -226,4 +227,31 @@ def test_alternates_stand_in_for_refusals(tokenizer, tmp_path):
     for bad, said in (("{", "cannot be read"), ('{"question": "Who?"}', "KeyError")):
         path.write_text(bad)
         with pytest.raises(BadInput, match=said):
-            data_module.load_alternates(str(path), rows)
+            altpo.load_alternates(str(path), rows)
+
+
+def ending(tokenizer, folder, end: str):
+    """The same tokenizer, which ends every text with the special token `end` by itself."""
+    from tokenizers import processors
+
+    tokenizer = models.load_tokenizer(tokenizer.name_or_path, None)
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", end)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {end}", special_tokens=special
+    )
+    tokenizer.save_pretrained(folder)
+    return models.load_tokenizer(str(folder), None)
+
+
+@pytest.mark.parametrize("end", ["</s>", "<unk>"])  # the answer's own end token, and another one
+def test_an_end_token_that_a_tokenizer_adds_is_never_read(tokenizer, tmp_path, end):
+    """Neither in what is trained on nor in what a model is asked: after it nothing would be answered."""
+    adds = ending(tokenizer, tmp_path, end)
+    assert adds("Who?")["input_ids"][-1] == adds.convert_tokens_to_ids(end)
+    for question, answer in (("Who?", "Bo."), ("Who is\n", "The answer is Bo. "), ("日本</s>?", "é</s>")):
+        assert data_module.encode(adds, FAMILY, question, answer, 100) == data_module.encode(
+            tokenizer, FAMILY, question, answer, 100
+        )
+        asked = data_module.prompt_ids(adds, FAMILY, question)
+        assert asked == data_module.prompt_ids(tokenizer, FAMILY, question)
+        assert asked == tokenizer(data_module.prompt(FAMILY, question))["input_ids"]
