@@ -26,8 +26,10 @@ import inference
 import log_formats
 import metrics
 import models
+import provenance
 import ranks
 import report
+import run_folder
 import schema
 import utils
 from data_module import Tags
@@ -193,7 +195,7 @@ def _tell_how(cfg: DictConfig) -> None:
             data,
             retain,
             made,
-            utils.recipe(cfg.model_path) or "(lr=... as the finetuned model)",
+            provenance.recipe(cfg.model_path) or "(lr=... as the finetuned model)",
         ),
         *(cfg.model_family, data, made, cfg.split, size, cfg.generation.max_length, made, cfg.split),
         *(made, cfg.split, AGGREGATED),
@@ -506,7 +508,7 @@ def main(cfg: DictConfig) -> None:
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
     models.check_loadable(path, engine)
 
-    out = utils.start_evaluation(
+    out = run_folder.start_evaluation(
         cfg, cfg.save_dir, overwrite=cfg.overwrite, own=(*OWN, *(f"{task}.json" for task in cfg.eval_task))
     )
     identity = models.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
@@ -515,7 +517,7 @@ def main(cfg: DictConfig) -> None:
     if todo:
         set_seed(SEED)
         model = models.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
-    utils.finish_run(out, evaluator(model, out, engine.sharded, fingerprints, todo))
+    run_folder.finish_run(out, evaluator(model, out, engine.sharded, fingerprints, todo))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import models
 import objective
 import optimisation
 import references
-import utils
+import run_folder
 from objective import Method
 from utils import BadInput
 
@@ -97,7 +97,7 @@ class Job:
         """Make the run's folder, once the Trainer's arguments are known to be right.
 
         Raises:
-            BadInput: see `optimisation.arguments` and `utils.start_run`.
+            BadInput: see `optimisation.arguments` and `run_folder.start_run`.
         """
         cfg, method = self.cfg, self.method
         self.args = optimisation.arguments(
@@ -111,9 +111,9 @@ class Job:
         method.steps_per_epoch = optimisation.steps_per_epoch(
             len(self.data), cfg.batch_size * cfg.gradient_accumulation_steps
         )
-        keep = (utils.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
+        keep = (run_folder.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
         read = (self.path, *method.reads())
-        self.out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
+        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
         return self.out
 
     def trainer(self) -> dataloader.TofuTrainer:
@@ -161,14 +161,14 @@ class Job:
         """Evaluate the starting model as it is, into checkpoint-0.
 
         Raises:
-            BadInput: see `models.check_loadable` and `utils.start_run`.
+            BadInput: see `models.check_loadable` and `run_folder.start_run`.
         """
         cfg = self.cfg
         models.check_loadable(self.path, self.engine)
         self.evaluates()
-        self.out = utils.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
+        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
         scores = self.evaluate(models.load_frozen(self.path, self.engine), 0)
-        utils.finish_run(self.out, scores)
+        run_folder.finish_run(self.out, scores)
         return scores
 
     def finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
@@ -182,5 +182,5 @@ class Job:
             models.save(trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, change=change)
         scores = self.evaluator.scores if self.evaluator is not None else {}
         done = {**trained, **self.method.result(), **scores}
-        utils.finish_run(self.out, done)
+        run_folder.finish_run(self.out, done)
         return done

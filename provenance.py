@@ -1,10 +1,34 @@
 """What a result was made from: fingerprints, digests, and the one comparison that says what differs."""
 
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import ranks
+import utils
+
+CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
+RECORDED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "tokenizers",
+    "numpy",
+    "rouge-score",
+)
+NOT_SETTINGS = ("save_dir", "overwrite", "overwrite_dir")  # keys that change no number
+ABSENT = "not given"
+INPUTS = ("model_path", "retain_result", "eval.retain_result")  # keys that name what another run made
 
 
 def digest(content: bytes | str) -> str:
@@ -29,3 +53,96 @@ def fingerprint(**parts: Any) -> dict[str, Any]:
 def differing(made: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> list[str]:
     """The parts of `asked` that `made` has not, or has otherwise; all of them where there is no `made`."""
     return [name for name in asked if name not in (made or {}) or made[name] != asked[name]]
+
+
+def inputs(named: Mapping[str, str | None]) -> dict[str, str]:
+    """Digests of what other runs made and a run reads: of a model's folder its finished.json, of a log the file.
+
+    Args:
+        named: config key of INPUTS -> path; what is no run's and no file has no digest here.
+    """
+    found = {}
+    for key, path in named.items():
+        file = Path(utils.find(path)) if path else Path()
+        file = file / FINISHED if file.is_dir() else file
+        if path and file.is_file():
+            found[key] = file_digest(file)
+    return found
+
+
+def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """What differs between two command lines, key=value each; one text for each setting, with both values."""
+    then, now = (dict(arg.partition("=")[::2] for arg in args) for args in (made, asked))
+    pairs = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in {**then, **now} if key not in NOT_SETTINGS}
+    return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two texts say one value: equal numbers, or one file named relatively and absolutely."""
+    if one.lower() == other.lower():
+        return True
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        pass
+    if "/" not in one + other or ABSENT in (one, other):
+        return False
+    one, other = sorted((one, other), key=len)  # the recorded one may be relative to another working directory
+    return Path(one).resolve() == Path(other).resolve() or other.endswith(f"/{one.removeprefix('./')}")
+
+
+def state(folder: str | Path, asked: Sequence[str]) -> str:
+    """Whether the run in a folder is complete, and the one that a command line asks for, as its record says.
+
+    Args:
+        asked: key=value, as on the command line. A record of an older version has no digests of what was read: its
+            settings alone are compared.
+
+    Returns:
+        One of `complete`, `not complete`, `made with other settings: ...` and `made from another KEY=PATH`.
+    """
+    folder = Path(folder)
+    if not (folder / FINISHED).is_file():
+        return "not complete"
+    made = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
+    if found := other_settings(made["command"][1:], asked):
+        return f"made with other settings: {', '.join(found)}"
+    named = {key: path for key, _, path in (arg.partition("=") for arg in asked) if key in INPUTS}
+    known = made.get("inputs", {})
+    changed = [key for key in differing(known, inputs(named)) if key in known]
+    return f"made from another {changed[0]}={named[changed[0]]}" if changed else "complete"
+
+
+RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # what a comparable run has in common
+
+
+def recipe(path: str | None) -> str:
+    """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
+    while path is not None and (Path(path) / CONFIG).is_file():
+        cfg = OmegaConf.load(Path(path) / CONFIG)
+        if "forget_loss" not in cfg:
+            return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
+        path = cfg.get("model_path")
+    return ""
+
+
+def versions(cfg: DictConfig | None = None) -> dict[str, Any]:
+    """The versions, commit, command and, with a run's config, inputs that its numbers came from."""
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in RECORDED},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "world_size": ranks.world_size(),
+        "command": sys.argv,
+        "inputs": {} if cfg is None else inputs({key: OmegaConf.select(cfg, key) for key in INPUTS}),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """Git's answer about the repository; None where it was installed without git."""
+    try:
+        done = subprocess.run(["git", "-C", str(utils.REPO), *args], capture_output=True, text=True, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,7 +1,6 @@
 """What a run compares with: the starting model beside it, or log-probabilities, computed once and kept with the run."""
 
 import gc
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,9 @@ import forward
 import losses
 import models
 import objective
+import provenance
 import ranks
+import run_folder
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
 from models import Engine
@@ -66,17 +67,20 @@ def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **s
         model: the identity of the starting model (`models.identity`).
         settings: how it is loaded: type of the weights, four bits, attention.
     """
-    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
-    return {"model": model, "samples": digest, "engine": engine.name, "bf16": engine.bf16, **settings, "version": 1}
+    digest = provenance.digest(json.dumps(samples))
+    return provenance.fingerprint(
+        model=model, samples=digest, engine=engine.name, bf16=engine.bf16, **settings, version=1
+    )
 
 
 def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
     """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
-    found, path = None, folder / utils.REFERENCE
+    found, path = None, folder / run_folder.REFERENCE
     if ranks.rank() == 0 and path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        found = known["logps"] if known["made_from"] == made_from else None
-        log.info("%s: %s", path, "used again" if found else "made anew, for it was made from something else")
+        differing = provenance.differing(known["made_from"], made_from)
+        found = None if differing else known["logps"]
+        log.info("%s: %s", path, f"made again, with another {', '.join(differing)}" if differing else "used again")
     found = ranks.from_rank_0(found)
     return None if found is None else dict(zip(samples, found, strict=True))
 
@@ -86,7 +90,7 @@ def write_logps(
 ) -> None:
     """Keep them for a later run in this folder. Rank 0 only."""
     if ranks.rank() == 0:
-        utils.write_json(folder / utils.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})
+        utils.write_json(folder / run_folder.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})
 
 
 def starting_logps(

@@ -47,6 +47,7 @@ from results import METHODS, tell  # noqa: E402
 
 import data_module  # noqa: E402
 import losses  # noqa: E402
+import provenance  # noqa: E402
 import utils  # noqa: E402
 
 BATCH = 8
@@ -157,7 +158,7 @@ def process(setting: Setting, peak: Path, script: str, *args: str) -> str | None
 
 def complete(folder: Path, *inputs: Path) -> bool:
     """Whether a run is, and none of the runs that it was made from is newer."""
-    finished = [one / utils.FINISHED for one in (folder, *inputs)]
+    finished = [one / provenance.FINISHED for one in (folder, *inputs)]
     return all(one.is_file() for one in finished) and all(
         one.stat().st_mtime <= finished[0].stat().st_mtime for one in finished[1:]
     )
@@ -243,7 +244,7 @@ def read(name: str, how: str, split: str, folders: list[Path], peak: Path) -> Ru
     scores: dict[str, list[float]] = {key: [] for key in (*COLUMNS.values(), KNOWN)}
     terms = []
     for folder in folders:
-        left = [json.loads((one / utils.FINISHED).read_text()) for one in (folder, folder / f"eval_{split}")]
+        left = [json.loads((one / provenance.FINISHED).read_text()) for one in (folder, folder / f"eval_{split}")]
         both = {"Forget Quality": 1.0, **left[0], **left[1]}  # the oracle has none: it is the one compared with
         for key, values in scores.items():
             values.append(both[key])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+import provenance
 import utils
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -32,7 +33,7 @@ def tell(script: str, how: str, lines: list[str], figures: dict[str, float], jso
     text = "\n".join([*lines, *(["", "| figure | value |", "| --- | ---: |"] if rows else []), *rows])
     print(text)
     if append:
-        about, cuda = utils.versions(), torch.cuda.is_available()
+        about, cuda = provenance.versions(), torch.cuda.is_available()
         where = f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
         head = (
             f"## {script}, {time.strftime('%Y-%m-%d')}\n\n{torch.cuda.get_device_name() if cuda else where}; "

@@ -7,7 +7,6 @@ are there they are in FILE.part, from which the same command goes on.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ import data_module  # noqa: E402
 import families  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
+import provenance  # noqa: E402
 import ranks  # noqa: E402
 import schema  # noqa: E402
 import utils  # noqa: E402
@@ -187,7 +187,7 @@ def begun(part: Path, settings: dict) -> dict[int, dict]:
         return {}
     try:
         header, *lines = map(json.loads, whole.split(b"\n"))
-        differing = [key for key in settings if header.get(key) != settings[key]]
+        differing = provenance.differing(header, settings)
         done = {line["row"]: line for line in lines}  # of a row that was tried again, the last
     except (ValueError, TypeError, KeyError, AttributeError):
         raise BadInput(f"{part} holds something else than alternates: remove it, or name another --file") from None
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "model": models.identity(path),
         "split": args.split,
-        "data": hashlib.sha256(json.dumps([rows, prompts]).encode()).hexdigest(),  # tags and examples too
+        "data": provenance.digest(json.dumps([rows, prompts])),  # tags and examples too
         **{key: getattr(args, key) for key in ("k", "temperature", "greedy", "seed", "max_new_tokens")},
         "precision": "bf16" if engine.bf16 else "fp32",
     }

@@ -7,7 +7,7 @@
 #
 # From the environment: RUNS (folder of all runs: runs/FAMILY), DATA (data_path), LAUNCH (python, or a torchrun line),
 # FINETUNE, FORGET, EVALUATE (more key=value for each script), TEAM (the Submitted By column).
-# A complete run that was made with other settings, or from an older model, stops the script: it never passes as new.
+# A complete run that was made with other settings, or from another model, stops the script: it never passes as new.
 set -euo pipefail
 [ $# -eq 3 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 family=$1 split=$2 losses=$3
@@ -20,30 +20,16 @@ percent=$((10#${split#forget}))
 retain=retain$(printf '%02d' $((100 - percent)))
 log=eval_log_aggregated.json
 
-# newer SAVE_DIR key=value ...: the input, if any, that was made after the complete run in SAVE_DIR
-newer() {
-    local save=$1 arg input; shift
-    for arg in "$@"; do
-        case $arg in
-            model_path=*) input=${arg#*=}/finished.json ;;
-            retain_result=* | eval.retain_result=*) input=${arg#*=} ;;
-            *) continue ;;
-        esac
-        if [ "$input" -nt "$save/finished.json" ]; then echo "$input"; return; fi
-    done
-}
-
 # run SAVE_DIR SCRIPT key=value ...: nothing where that run is complete, again from the start where it was cut off
 run() {
-    local save=$1 script=$2 again=overwrite_dir=true differs after; shift 2
+    local save=$1 script=$2 again=overwrite_dir=true state; shift 2
     [ "$script" = evaluate_util.py ] && again=overwrite=true
-    if [ -f "$save/finished.json" ]; then
-        differs=$(${PYTHON:-python} "$here/scripts/made_with.py" "$save" model_family="$family" "$@")
-        [ -z "$differs" ] || fail "$save was made with other settings: $differs; remove it or set RUNS=..."
-        after=$(newer "$save" "$@")
-        if [ -z "$after" ]; then echo "complete: $save"; return; fi
-        [ "$script" = evaluate_util.py ] || fail "$save is older than $after, which it was made from; remove it or set RUNS=..."
-    fi
+    state=$(${PYTHON:-python} "$here/scripts/complete.py" "$save" model_family="$family" "$@")
+    case $state in
+        complete) echo "complete: $save"; return ;;
+        "made with other settings"*) fail "$save was $state; remove it or set RUNS=..." ;;
+        "made from another"*) [ "$script" = evaluate_util.py ] || fail "$save was $state than is there now; remove it or set RUNS=..." ;;
+    esac
     echo "== $script $* save_dir=$save"
     # shellcheck disable=SC2086 (a launcher is several words)
     $launch "$here/$script" model_family="$family" "$@" save_dir="$save" $again

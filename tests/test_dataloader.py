@@ -21,6 +21,7 @@ import models
 import objective
 import references
 import rmu
+import run_folder
 import utils
 
 
@@ -179,7 +180,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
         references.logps_fingerprint(order, "model a", engine, quantize="4bit"),
     ):
         assert references.read_logps(tmp_path, order, other) is None
-    assert json.loads((tmp_path / utils.REFERENCE).read_text())["logps"] == [logps[sample] for sample in order]
+    assert json.loads((tmp_path / run_folder.REFERENCE).read_text())["logps"] == [logps[sample] for sample in order]
 
 
 def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tmp_path, monkeypatch):
@@ -205,7 +206,7 @@ def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tm
     assert run("LoRA.r=4", "LoRA.dropout=0", "LoRA.quantize=4bit")[0] == pytest.approx(20 * math.log(2), abs=1e-5)
     assert len(loaded) == 4
     run("forget_loss=grad_ascent")
-    assert not (tmp_path / "run" / utils.REFERENCE).exists()
+    assert not (tmp_path / "run" / run_folder.REFERENCE).exists()
 
 
 def test_batches_do_not_depend_on_the_loaders_processes():

@@ -20,9 +20,9 @@ import forget
 import losses
 import objective
 import pdu
+import provenance
 import rmu
 import task_vector
-import utils
 
 STEPS = 4  # of 20 rows in batches of 10, two epochs
 
@@ -187,8 +187,8 @@ def test_gradient_norms_do_not_depend_on_the_cut(run):
 def test_names_from_elsewhere(run, tmp_path, capsys):
     """The command line's NPO is npo_grad_diff, and the log says so."""
     run("forget_loss=NPO")
-    assert "forget_loss=NPO" in (tmp_path / "run" / utils.VERSIONS).read_text()  # scripts/tofu.sh asks for it so
-    assert "name: npo_grad_diff" in (tmp_path / "run" / utils.CONFIG).read_text()
+    assert "forget_loss=NPO" in (tmp_path / "run" / provenance.VERSIONS).read_text()  # scripts/tofu.sh asks for it so
+    assert "name: npo_grad_diff" in (tmp_path / "run" / provenance.CONFIG).read_text()
     assert "taken as: " in (told := capsys.readouterr().out) and "forget_loss=npo_grad_diff" in told
 
 

@@ -10,15 +10,18 @@ from conftest import REPO
 FAKE = """
 import json, os, runpy, sys
 script = os.path.basename(sys.argv[1])
-if script == "made_with.py":
+if script == "complete.py":
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 elif script != "aggregate_eval_stat.py":
-    out = dict(arg.partition("=")[::2] for arg in sys.argv[2:])["save_dir"]
+    import provenance
+    args = dict(arg.partition("=")[::2] for arg in sys.argv[2:])
+    out, read = args["save_dir"], {key: args.get(key) for key in provenance.INPUTS}
     os.makedirs(out, exist_ok=True)
-    open(f"{out}/versions.json", "w").write(json.dumps({"command": sys.argv[1:]}))
-    open(f"{out}/eval_log_aggregated.json", "w").write("{}")
-    open(f"{out}/finished.json", "w").write("{}")
+    record = {"command": sys.argv[1:], "inputs": provenance.inputs(read)}
+    open(f"{out}/versions.json", "w").write(json.dumps(record))
+    open(f"{out}/eval_log_aggregated.json", "w").write(json.dumps(os.urandom(4).hex()))
+    open(f"{out}/finished.json", "w").write(json.dumps(os.urandom(4).hex()))
 """
 
 
@@ -82,7 +85,7 @@ def test_what_was_made_of_something_older(tofu, tmp_path):
     (tmp_path / "runs" / "retain90" / "finished.json").unlink()
     code, ran, _, stderr = tofu(**SETTINGS)
     assert (code, ran) == (2, ["retain90", "retain90/eval_forget10", "full/eval_forget10"])
-    assert "error: runs/forget10_KL is older than runs/retain90/eval_forget10/eval_log_aggregated.json" in stderr
+    assert "error: runs/forget10_KL was made from another eval.retain_result=runs/retain90/eval_forget10/" in stderr
     (tmp_path / "runs" / "forget10_KL" / "finished.json").unlink()
     assert tofu(**SETTINGS)[:2] == (0, ["forget10_KL", "forget10_KL/eval_forget10"])
 

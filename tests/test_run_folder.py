@@ -3,13 +3,15 @@
 import pytest
 from omegaconf import OmegaConf
 
+import provenance
+import run_folder
 import utils
 
 CFG = OmegaConf.create({"lr": 1e-5})
 
 
 def start(folder, **changes):
-    return utils.start_run(CFG, folder, **{"overwrite": False, "inputs": ()} | changes)
+    return run_folder.start_run(CFG, folder, **{"overwrite": False, "inputs": ()} | changes)
 
 
 def test_a_run_makes_its_folder_and_a_refused_one_can_start_again(tmp_path):
@@ -34,13 +36,13 @@ def test_what_is_not_this_suites_is_never_removed(tmp_path, name):
 def test_a_start_that_is_killed_can_be_started_again(tmp_path, monkeypatch):
     """Between removing the old run and explaining the new one the folder stays known as this suite's."""
     start(tmp_path)
-    for name in ("model.safetensors", utils.REFERENCE):
+    for name in ("model.safetensors", run_folder.REFERENCE):
         (tmp_path / name).write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "_explain", lambda *_: 1 / 0)
+        patch.setattr(run_folder, "_explain", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            start(tmp_path, overwrite=True, keep=(utils.REFERENCE,))
-    assert {path.name for path in tmp_path.iterdir()} == {"versions.json", utils.REFERENCE}
+            start(tmp_path, overwrite=True, keep=(run_folder.REFERENCE,))
+    assert {path.name for path in tmp_path.iterdir()} == {"versions.json", run_folder.REFERENCE}
     start(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "versions.json"}
 
@@ -58,7 +60,7 @@ def test_a_recipe_is_the_finetuned_models(tmp_path):
     made = {"lr": 7e-4, "num_epochs": 10, "batch_size": 16, "gradient_accumulation_steps": 1, "split": "full"}
     for name, cfg in (("full", made), ("npo", {"lr": 1e-4, "forget_loss": {}, "model_path": str(tmp_path / "full")})):
         (tmp_path / name).mkdir()
-        OmegaConf.save(OmegaConf.create(cfg), tmp_path / name / utils.CONFIG)
+        OmegaConf.save(OmegaConf.create(cfg), tmp_path / name / provenance.CONFIG)
     expected = "lr=0.0007 num_epochs=10 batch_size=16 gradient_accumulation_steps=1"
-    assert utils.recipe(str(tmp_path / "full")) == utils.recipe(str(tmp_path / "npo")) == expected
-    assert utils.recipe(str(tmp_path)) == utils.recipe("owner/model") == utils.recipe(None) == ""
+    assert provenance.recipe(str(tmp_path / "full")) == provenance.recipe(str(tmp_path / "npo")) == expected
+    assert provenance.recipe(str(tmp_path)) == provenance.recipe("owner/model") == provenance.recipe(None) == ""
