@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 import checks
 import command_line
 import log_formats
-import metrics
+import logs
 import schema
+import tofu_metrics
 import utils
 
 log = logging.getLogger(__name__)
@@ -33,20 +34,21 @@ def main(cfg: DictConfig) -> None:
     if out.exists() and any(out.samefile(utils.find(path)) for path in (cfg.retain_result, cfg.ckpt_result)):
         raise utils.BadInput(f"save_file={out} is one of the two logs: name another file")
     try:
-        scores = metrics.statistics(unlearned, retain, cfg.truth_ratio)
-        if missing := [task for task in metrics.TASKS.values() if f"{task}.json" not in unlearned]:
+        scores = tofu_metrics.statistics(unlearned, retain, cfg.truth_ratio)
+        if missing := logs.missing_sets(unlearned):
             raise ValueError(f"no {', '.join(missing)} in the log of ckpt_result: evaluate that set too")
-        row = metrics.leaderboard_row(scores, cfg.method_name, cfg.submitted_by)
+        row = tofu_metrics.leaderboard_row(scores, cfg.method_name, cfg.submitted_by)
     except ValueError as error:
         raise utils.BadInput(f"ckpt_result={cfg.ckpt_result}, retain_result={cfg.retain_result}: {error}") from None
     if out.exists():
         log.info("replacing %s", out)
     try:
-        utils.write_text(out, metrics.to_csv([row]))
+        utils.write_text(out, tofu_metrics.to_csv([row]))
     except OSError as error:
         raise utils.BadInput(f"save_file={out} cannot be written: {error}") from None
-    for name, value in (*row.items(), *((name, scores[name]) for name in BESIDE)):
-        interval = scores["Confidence Intervals"].get(name)
+    more = {**scores.values, **scores.rows}
+    for name, value in (*row.items(), *((name, more[name]) for name in BESIDE)):
+        interval = scores.intervals.get(name)
         between = f"  (95 % interval {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
         log.info("%-24s %s%s", name, f"{value:.6g}" if isinstance(value, float) else value, between)
 

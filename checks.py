@@ -229,9 +229,10 @@ def _check_followers(cfg: DictConfig) -> None:
 
 def _retain_split(split: str) -> str:
     """retain90 for forget10: the splits' names say which rows complete each other."""
-    if not (match := re.fullmatch(r"forget(\d\d)", split)) or match[1] == "00":
+    found = utils.complement(split)
+    if found is None or split.endswith("_perturbed"):
         raise BadInput(f"split={split}: forget01, forget05 or forget10; or name the rows to keep too: retain_split=...")
-    return f"retain{100 - int(match[1]):02d}"
+    return found
 
 
 def _model_path(path: str | None, model_family: str, data_path: str) -> str:

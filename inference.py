@@ -19,6 +19,7 @@ from data_module import IGNORE, Sample
 from utils import BadInput
 
 REFILL = 4  # places are given to prompts a quarter of all at a time: a forward each time, but no large one
+PIECE = 64  # nodes whose whole distributions are looked at together
 WIDEST = 8  # tokens of a place in one step: its last and guesses at what follows
 GUESSING = 0.4  # a step is as wide as this share of its places can fill with guesses
 
@@ -98,11 +99,20 @@ def tree(samples: Sequence[Sample]) -> Tree:
     return built
 
 
-def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[tuple[float, int]]]:
+class TokenScores(NamedTuple):
+    """What a model makes of the n scored tokens of one answer, end token included."""
+
+    nll: np.ndarray  # (n,) float64, the tokens' negative log-likelihoods in nats
+    right: np.ndarray  # (n,) bool: the token is the likeliest one
+    mean: np.ndarray  # (n,) float64, the log-probability's mean under the model's own distribution, minus its entropy
+    deviation: np.ndarray  # (n,) float64, its standard deviation there (mu and sigma of min-k++, arXiv 2404.02936)
+
+
+def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[TokenScores]]:
     """One forward over a batch of trees, logits at scored nodes only.
 
     Returns:
-        A tree's samples in its order: (sum of the negative log-likelihoods of the scored tokens in nats, their number).
+        Of each tree, its samples' in its order.
     """
     device, width = model.device, max(len(one.tokens) for one in trees)
     shape = (len(trees), width)
@@ -125,12 +135,31 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[tupl
     row = keep.ravel().cumsum().reshape(shape) - 1  # of the logits, for each scored node
     at = torch.from_numpy(np.concatenate([row[i, one.nodes] for i, one in enumerate(trees)])).to(device)
     targets = torch.tensor([target for one in trees for target in one.targets], device=device)
-    nll = (logits.logsumexp(-1)[at] - logits[at, targets]).double().cpu().numpy()
+    partition = logits.logsumexp(-1)
+    nll = (partition[at] - logits[at, targets]).double()
+    mean, deviation = (moment[at].double() for moment in _moments(logits, partition))
+    each = (nll, logits.argmax(-1)[at] == targets, mean, deviation)
+    columns = [column.cpu().numpy() for column in each]
     found, first = [], 0
     for one in trees:
-        found.append([(float(nll[first:][path].sum()), len(path)) for path in one.paths])
+        found.append([TokenScores(*(column[first:][path] for column in columns)) for path in one.paths])
         first += len(one.nodes)
     return found
+
+
+def _moments(logits: Tensor, partition: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the log-probabilities (N, V) under their own distribution, (N,) each.
+
+    Args:
+        partition: (N,) the logits' logsumexp.
+    """
+    means, deviations = [], []
+    for piece, constant in zip(logits.split(PIECE), partition.split(PIECE), strict=True):  # no second (N, V)
+        logp = piece - constant[:, None]
+        p = logp.exp()
+        means.append((p * logp).sum(-1))
+        deviations.append((p * (logp - means[-1][:, None]).square()).sum(-1).sqrt())
+    return torch.cat(means), torch.cat(deviations)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 import data_module
 import dataloader
-import evaluate_util
+import evaluator
 import families
 import models
 import objective
 import optimisation
+import page
 import references
 import run_folder
 from objective import Method
@@ -49,7 +50,7 @@ class Job:
         self.path = models.resolve(path, key)
         self.tokenizer = models.load_tokenizer(self.path, self.family.end_token)
         self.engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-        self.evaluator: evaluate_util.Evaluator | None = None
+        self.evaluator: evaluator.Evaluator | None = None
 
     def read(self) -> None:
         """Read and encode the rows that the method's terms ask for.
@@ -88,10 +89,12 @@ class Job:
         """Read and tokenise the evaluation's sets.
 
         Raises:
-            BadInput: see `evaluate_util.Evaluator`.
+            BadInput: see `evaluator.Evaluator`.
         """
         cfg = self.cfg
-        self.evaluator = evaluate_util.Evaluator(cfg.eval, self.tokenizer, cfg.forget_loss.name, "eval.")
+        self.evaluator = evaluator.Evaluator(
+            cfg.eval, self.tokenizer, self.family, page.evaluation_page, cfg.forget_loss.name, "eval."
+        )
 
     def start(self) -> Path:
         """Make the run's folder, once the Trainer's arguments are known to be right.

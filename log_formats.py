@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import metrics
+import logs
 import utils
-from metrics import RIGHT, TASKS, WRONG
+from logs import RIGHT, TASKS, WRONG
+from metric import Statistics
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,11 @@ def as_aggregated(raw: Any) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise ValueError("not an aggregated log: its top level must be the names of the sets' logs")
     if not raw:
-        raise ValueError(metrics.EMPTY)
+        raise ValueError(logs.EMPTY)
     if any(name.endswith(".json") for name in raw):
         return raw
     if RIGHT in raw:
-        return {f"{metrics.FORGET}.json": raw}
+        return {f"{logs.FORGET}.json": raw}
     sets = {f"{TASKS[ours]}.json": _from_openunlearning(raw, prefix) for prefix, ours in PREFIXES.items()}
     found = {file: one for file, one in sets.items() if one}
     if not found:
@@ -79,7 +80,7 @@ def _from_openunlearning(raw: Mapping[str, Any], prefix: str) -> dict[str, dict[
     probability, paraphrased = by_row(f"{prefix}_Q_A_Prob"), by_row(f"{prefix}_Q_A_PARA_Prob")
     perturbed, rouge = by_row(f"{prefix}_Q_A_PERT_Prob"), by_row(f"{prefix}_Q_A_ROUGE")
     ratio = by_row(f"{prefix}_truth_ratio")
-    right = probability if PREFIXES[prefix] in metrics.REAL else paraphrased
+    right = probability if PREFIXES[prefix] in logs.REAL else paraphrased
     one: dict[str, dict[str, Any]] = {}
     if right and perturbed:  # exact; the stored ratio has OpenUnlearning's epsilon in it
         one[RIGHT] = {key: row["avg_loss"] for key, row in right.items()}
@@ -107,13 +108,13 @@ def _from_openunlearning(raw: Mapping[str, Any], prefix: str) -> dict[str, dict[
 
 
 def to_openunlearning(
-    ours: Mapping[str, Any], scores: Mapping[str, Any], f1: Mapping[str, Mapping[str, float]]
+    ours: Mapping[str, Any], scores: Statistics, f1: Mapping[str, Mapping[str, float]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """An aggregated log as OpenUnlearning's TOFU_EVAL.json and TOFU_SUMMARY.json, with its definitions.
 
     Args:
         ours: the aggregated log; sets outside the four are left out.
-        scores: its `metrics.statistics`.
+        scores: its `tofu_metrics.statistics`.
         f1: log name -> row -> ROUGE-L F1, where the texts are known.
 
     Returns:
@@ -124,9 +125,9 @@ def to_openunlearning(
         file = f"{TASKS[name]}.json"
         if file in ours:
             found |= _to_openunlearning(ours, prefix, name, f1.get(file, {}))
-    if "Model Utility" in scores:
-        found["model_utility"] = {"agg_value": scores["Model Utility"]}
-    found["forget_quality"] = {"agg_value": scores.get("Forget Quality")}
+    if "Model Utility" in scores.values:
+        found["model_utility"] = {"agg_value": scores.values["Model Utility"]}
+    found["forget_quality"] = {"agg_value": scores.values.get("Forget Quality")}
     summary = {
         name: found[name]["agg_value"]
         for name in ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio", "model_utility")
@@ -137,8 +138,8 @@ def to_openunlearning(
 
 def _to_openunlearning(ours: Mapping[str, Any], prefix: str, name: str, f1: Mapping[str, float]) -> dict[str, Any]:
     """One set's metrics."""
-    task, real = TASKS[name], name in metrics.REAL
-    loss = {key: metrics.rows(ours, task, key) for key in ("avg_gt_loss", RIGHT, WRONG)}
+    task, real = TASKS[name], name in logs.REAL
+    loss = {key: logs.rows(ours, task, key) for key in ("avg_gt_loss", RIGHT, WRONG)}
 
     def metric(rows: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
         return {"agg_value": float(np.mean([row[key] for row in rows.values()])), "value_by_index": rows}
@@ -172,8 +173,8 @@ def _to_openunlearning(ours: Mapping[str, Any], prefix: str, name: str, f1: Mapp
         "value_by_index": ratio,
     }
     rouge = {}
-    texts = metrics.rows(ours, task, "generated_text") if ours[f"{task}.json"].get("generated_text") else {}
-    for i, recall in metrics.rows(ours, task, "rougeL_recall").items():
+    texts = logs.rows(ours, task, "generated_text") if ours[f"{task}.json"].get("generated_text") else {}
+    for i, recall in logs.rows(ours, task, "rougeL_recall").items():
         rouge[i] = {"rouge1_recall": ours[f"{task}.json"]["rouge1_recall"][i], "rougeL_recall": recall}
         rouge[i] |= {"rougeL_f1": f1[i]} if i in f1 else {}
         if i in texts:

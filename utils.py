@@ -65,6 +65,12 @@ def no_split(data_path: str, split: str, names: Iterable[str]) -> str:
     return f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}"
 
 
+def complement(split: str) -> str | None:
+    """The retain split that a forget split leaves, retain90 for forget10; None where the name does not say it."""
+    match = re.fullmatch(r"forget(\d\d)(_perturbed)?", split)
+    return f"retain{100 - int(match[1]):02d}" if match and match[1] != "00" else None
+
+
 def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:
     """Ask once, shortly, whether the hub (or its local cache) has `name`.
 

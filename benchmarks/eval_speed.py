@@ -31,10 +31,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa
 from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
-import evaluate_util  # noqa: E402
+import evaluator  # noqa: E402
 import families  # noqa: E402
 import inference  # noqa: E402
 import models  # noqa: E402
+import row_logs  # noqa: E402
+import sets  # noqa: E402
 
 SHARED = REPO.parent / "shared"
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"
@@ -67,26 +69,26 @@ def the_model(name: str, tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def the_sets(rows: int) -> list[evaluate_util.EvalSet]:
-    """The four sets, their first rows."""
-    sets = []
+def the_sets(rows: int) -> list[sets.EvalSet]:
+    """The four chosen, their first rows."""
+    chosen = []
     for task, (split, base) in SETS.items():
         keys = ("question", "answer", base, "perturbed_answer")
-        sets.append(evaluate_util.EvalSet(task, data_module.load_rows(str(SHARED / "tofu"), split, keys, rows), *keys))
-    return sets
+        sets.append(sets.EvalSet(task, data_module.load_rows(str(SHARED / "tofu"), split, keys, rows), *keys))
+    return chosen
 
 
-def completions(data: evaluate_util.EvalSet, row: dict) -> list[str]:
+def completions(data: sets.EvalSet, row: dict) -> list[str]:
     """What is scored of a row: answer, paraphrase where there is one, wrong answers."""
     base = [row[data.base_answer_key]] if data.base_answer_key != data.answer_key else []
     return [row[data.answer_key], *base, *row[data.perturbed_answer_key]]
 
 
 @torch.no_grad()
-def plain_scoring(model, tokenizer, sets, width: int | None) -> Scores:
+def plain_scoring(model, tokenizer, chosen, width: int | None) -> Scores:
     """The baselines': one forward a batch of 30 rows and kind of completion, full logits."""
     found = {}
-    for data in sets:
+    for data in chosen:
         for first in range(0, len(data.rows), BATCH):
             rows = data.rows[first : first + BATCH]
             for j in range(len(completions(data, rows[0]))):
@@ -109,12 +111,12 @@ def plain_scoring(model, tokenizer, sets, width: int | None) -> Scores:
     return found
 
 
-def plain_generation(model, tokenizer, sets) -> list[list[int]]:
+def plain_generation(model, tokenizer, chosen) -> list[list[int]]:
     """The baselines': the library's generate, in file order, until every row of the batch has ended or max_length."""
     end = tokenizer.eos_token_id
     config = GenerationConfig(do_sample=False, max_length=MAX_LENGTH, eos_token_id=end, pad_token_id=end)
     found = []
-    for data in sets:
+    for data in chosen:
         prompts = [
             tokenizer(data_module.prompt(families.family(FAMILY), row["question"]))["input_ids"] for row in data.rows
         ]
@@ -130,28 +132,28 @@ def plain_generation(model, tokenizer, sets) -> list[list[int]]:
     return found
 
 
-def prepared(tokenizer, sets) -> list[evaluate_util.Task]:
+def prepared(tokenizer, chosen) -> list[sets.Task]:
     """What ours does before the model: counted in its scoring time."""
     family = families.family(FAMILY)
-    return [evaluate_util.prepare(data, tokenizer, family, max_length=MAX_LENGTH) for data in sets]
+    return [sets.prepare(data, tokenizer, family, max_length=MAX_LENGTH) for data in chosen]
 
 
-def our_scoring(model, tokenizer, sets) -> Scores:
-    """Tokenising and scoring as `evaluate_util.evaluate` does them."""
+def our_scoring(model, tokenizer, chosen) -> Scores:
+    """Tokenising and scoring as `evaluator.evaluate` does them."""
     found = {}
-    for task in prepared(tokenizer, sets):
+    for task in prepared(tokenizer, chosen):
         with inference.ready(model, MAX_LENGTH):
-            for i, scores in enumerate(evaluate_util._score_rows(model, task, False)):
-                found.update({(task.data.task, i, j): total for j, (total, _) in enumerate(scores.values())})
+            for i, scores in enumerate(row_logs.score_rows(model, task, False)):
+                found.update({(task.data.task, i, j): tokens.nll.sum() for j, tokens in enumerate(scores.values())})
     return found
 
 
 def our_generation(model, tokenizer, tasks) -> list[str]:
-    """Generating as `evaluate_util.evaluate` does it."""
+    """Generating as `evaluator.evaluate` does it."""
     found = []
     for task in tasks:
         with inference.ready(model, MAX_LENGTH):
-            found += evaluate_util._generate_rows(model, tokenizer, task, AT_ONCE, False)
+            found += row_logs.generate_rows(model, tokenizer, task, AT_ONCE, False)
     return found
 
 
@@ -179,15 +181,15 @@ def same(plain: Scores, ours: Scores, texts: list[str], tokens: list[list[int]],
 
 def measure(name: str, repetitions: int, rows: int) -> dict[str, list[float]]:
     """Seconds of every part, a list a part over the repetitions, for one model."""
-    tokenizer, sets = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
+    tokenizer, chosen = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
     model, seconds = the_model(name, tokenizer), {}
     for number in range(repetitions):
         done = {
-            "A scoring": timed(plain_scoring, model, tokenizer, sets, MAX_LENGTH),
-            "ours scoring": timed(our_scoring, model, tokenizer, sets),
-            "B scoring": timed(plain_scoring, model, tokenizer, sets, None),
-            "A and B generation": timed(plain_generation, model, tokenizer, sets),
-            "ours generation": timed(our_generation, model, tokenizer, prepared(tokenizer, sets)),
+            "A scoring": timed(plain_scoring, model, tokenizer, chosen, MAX_LENGTH),
+            "ours scoring": timed(our_scoring, model, tokenizer, chosen),
+            "B scoring": timed(plain_scoring, model, tokenizer, chosen, None),
+            "A and B generation": timed(plain_generation, model, tokenizer, chosen),
+            "ours generation": timed(our_generation, model, tokenizer, prepared(tokenizer, chosen)),
         }
         for part, (took, _) in done.items():
             seconds.setdefault(part, []).append(took)
@@ -207,7 +209,7 @@ def peak(what: str, rows: int) -> float:
 
 def memory_of(what: str, rows: int) -> None:
     """Print the peak, for `peak`."""
-    tokenizer, sets = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
+    tokenizer, chosen = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
     model = the_model("random", tokenizer)
     with torch.no_grad():
         model(input_ids=torch.ones((1, 8), dtype=torch.long))  # the libraries' own buffers belong to the idle process
@@ -215,10 +217,10 @@ def memory_of(what: str, rows: int) -> None:
     idle = status("VmRSS")
     if what == "ours":
         with tempfile.TemporaryDirectory() as folder:
-            evaluate_util.evaluate(model, tokenizer, prepared(tokenizer, sets), folder, batch_size=AT_ONCE)
+            evaluator.evaluate(model, tokenizer, prepared(tokenizer, chosen), folder, batch_size=AT_ONCE)
     else:
-        plain_scoring(model, tokenizer, sets, MAX_LENGTH if what == "A" else None)
-        plain_generation(model, tokenizer, sets)
+        plain_scoring(model, tokenizer, chosen, MAX_LENGTH if what == "A" else None)
+        plain_generation(model, tokenizer, chosen)
     print((status("VmHWM") - idle) / 1024)
 
 

@@ -31,5 +31,5 @@ $PYTHON scripts/table.py "${rows[@]}"
 echo
 echo "forget quality of KL at its checkpoints (1: like the oracle)"
 for folder in $(ls -d "$RUNS"/forget10_KL/checkpoint-* | sort -t- -k2 -n); do
-    printf '%s\t%s\n' "$(basename "$folder")" "$(tail -n 1 "$folder/aggregate_stat.csv" | cut -d, -f14)"
+    printf '%s\t%s\n' "$(basename "$folder")" "$($PYTHON scripts/table.py --only 'Forget Quality' "$folder")"
 done

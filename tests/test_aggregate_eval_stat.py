@@ -7,7 +7,8 @@ import math
 import pytest
 
 import aggregate_eval_stat
-import metrics
+import logs
+import tofu_metrics
 
 
 def write_log(path, right: float, wrong: list[float], rows: int = 2) -> None:
@@ -15,11 +16,11 @@ def write_log(path, right: float, wrong: list[float], rows: int = 2) -> None:
     values = {"avg_gt_loss": right, "avg_paraphrased_loss": right, "average_perturb_loss": wrong, "rougeL_recall": 0.5}
     one = {name: {str(i): value for i in range(rows)} for name, value in values.items()}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({f"{task}.json": one for task in metrics.TASKS.values()}))
+    path.write_text(json.dumps({f"{task}.json": one for task in logs.TASKS.values()}))
 
 
 @pytest.fixture
-def logs(tmp_path):
+def two_logs(tmp_path):
     """A folder with the oracle's log in A and a model's in B."""
     write_log(tmp_path / "A" / "log.json", math.log(4), [math.log(2), math.log(2)])
     write_log(tmp_path / "B" / "log.json", math.log(2), [math.log(4), math.log(8)])
@@ -36,27 +37,27 @@ def aggregate(launch, folder, *changed: str, check: bool = True):
     return launch("aggregate_eval_stat.py", *ARGS, *changed, cwd=folder, check=check)
 
 
-def test_by_hand(launch, logs):
+def test_by_hand(launch, two_logs):
     """P = 1/2 against 1/4 and 1/8: R = 2 / sqrt(32). With two rows a side, wholly apart, p = 2 / C(4, 2) = 1/3."""
-    said = aggregate(launch, logs).stdout
-    (row,) = csv.DictReader((logs / "out" / "row.csv").open(newline=""))
-    assert tuple(row) == metrics.COLUMNS and (row["Method"], row["Submitted By"]) == ("grad_diff", "me")
+    said = aggregate(launch, two_logs).stdout
+    (row,) = csv.DictReader((two_logs / "out" / "row.csv").open(newline=""))
+    assert tuple(row) == tofu_metrics.COLUMNS and (row["Method"], row["Submitted By"]) == ("grad_diff", "me")
     ratio = 2 / math.sqrt(32)
-    expected = {f"ROUGE {name}": 0.5 for name in metrics.TASKS}
+    expected = {f"ROUGE {name}": 0.5 for name in logs.TASKS}
     expected |= {"Prob. Retain": 0.5, "Prob. Forget": 0.5, "Prob. Real World": 4 / 7, "Prob. Real Authors": 4 / 7}
-    expected |= {f"Truth Ratio {name}": 1 - ratio for name in metrics.TASKS} | {"Truth Ratio Forget": ratio}
+    expected |= {f"Truth Ratio {name}": 1 - ratio for name in logs.TASKS} | {"Truth Ratio Forget": ratio}
     nine = [value for name, value in expected.items() if not name.endswith("Forget")]
     expected |= {"Model Utility": 9 / sum(1 / x for x in nine), "Forget Quality": 1 / 3}
     for name, value in expected.items():
         assert float(row[name]) == pytest.approx(value, rel=1e-12), name
-    for name in metrics.COLUMNS:
+    for name in tofu_metrics.COLUMNS:
         assert name in said
     assert "0.333333" in said and "replacing" not in said
-    assert {path.name for path in logs.iterdir()} == {"A", "B", "out"}
-    assert [path.name for path in (logs / "out").iterdir()] == ["row.csv"]
+    assert {path.name for path in two_logs.iterdir()} == {"A", "B", "out"}
+    assert [path.name for path in (two_logs / "out").iterdir()] == ["row.csv"]
 
-    said = aggregate(launch, logs, "retain_result=B/log.json").stdout  # the model against itself, over the old file
-    (row,) = csv.DictReader((logs / "out" / "row.csv").open(newline=""))
+    said = aggregate(launch, two_logs, "retain_result=B/log.json").stdout  # the model against itself, over the old file
+    (row,) = csv.DictReader((two_logs / "out" / "row.csv").open(newline=""))
     assert "replacing out/row.csv" in said and float(row["Forget Quality"]) == 1
 
 
@@ -74,18 +75,18 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changed", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_told_in_one_line(capsys, monkeypatch, logs, changed, said):
-    (logs / "cut.json").write_text((logs / "A" / "log.json").read_text()[:-9])
-    (logs / "other.json").write_text(json.dumps({"loss": {"0": 1.0}}))
-    (logs / "list.json").write_text("[1, 2]")
-    (logs / "empty.json").write_text("{}")
-    write_log(logs / "three.json", 1.0, [2.0], rows=3)
-    before = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
-    monkeypatch.chdir(logs)
+def test_bad_input_is_told_in_one_line(capsys, monkeypatch, two_logs, changed, said):
+    (two_logs / "cut.json").write_text((two_logs / "A" / "log.json").read_text()[:-9])
+    (two_logs / "other.json").write_text(json.dumps({"loss": {"0": 1.0}}))
+    (two_logs / "list.json").write_text("[1, 2]")
+    (two_logs / "empty.json").write_text("{}")
+    write_log(two_logs / "three.json", 1.0, [2.0], rows=3)
+    before = {path: path.read_bytes() for path in two_logs.rglob("*") if path.is_file()}
+    monkeypatch.chdir(two_logs)
     monkeypatch.setattr("sys.argv", ["aggregate_eval_stat.py", *ARGS, *changed])
     with pytest.raises(SystemExit, match="2"):
         aggregate_eval_stat.main()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert line.startswith("error: ")
     assert all(word in line for word in said), line
-    assert {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in two_logs.rglob("*") if path.is_file()} == before

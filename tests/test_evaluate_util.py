@@ -14,10 +14,15 @@ from conftest import MINI, REPO, SHARED, needs_shared
 
 import data_module
 import evaluate_util
+import evaluator
 import families
 import inference
-import metrics
+import logs
 import models
+import row_logs
+import sets
+import tofu_metrics
+import utils
 
 
 def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="forget10", **kwargs) -> dict:
@@ -28,13 +33,13 @@ def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="for
     tasks = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
     bases = ("paraphrased_answer", "answer", "answer", "paraphrased_answer")
     room = {"max_length": kwargs.pop("max_length", 200), "max_new_tokens": kwargs.pop("max_new_tokens", None)}
-    sets = []
+    prepared = []
     for name, task, base in zip(names, tasks, bases, strict=True):
         keys = ("question", "answer", base, "perturbed_answer")
         rows = data_module.load_rows(str(data_path), name, keys, ds_size)
-        sets.append(evaluate_util.prepare(evaluate_util.EvalSet(task, rows, *keys), tokenizer, model_family, **room))
-    evaluate_util.evaluate(models.load(str(path)), tokenizer, sets, folder, **{"batch_size": 30, **kwargs})
-    return json.loads((folder / evaluate_util.AGGREGATED).read_text())
+        prepared.append(sets.prepare(sets.EvalSet(task, rows, *keys), tokenizer, model_family, **room))
+    evaluator.evaluate(models.load(str(path)), tokenizer, prepared, folder, **{"batch_size": 30, **kwargs})
+    return json.loads((folder / logs.AGGREGATED).read_text())
 
 
 @needs_shared
@@ -45,7 +50,7 @@ def test_golden_logs(name, tmp_path):
     evaluate(golden / "models" / name, SHARED / "tofu", tmp_path, family="llama2-7b", ds_size=300)
     done = subprocess.run(
         [
-            *(sys.executable, golden / "compare_logs.py", tmp_path / evaluate_util.AGGREGATED),
+            *(sys.executable, golden / "compare_logs.py", tmp_path / logs.AGGREGATED),
             *(golden / "logs" / name / "eval_log_aggregated.json", "1e-4"),
         ],
         capture_output=True,
@@ -110,7 +115,7 @@ def test_budget_is_the_rows_own(model_folder, tmp_path):
 
 
 def test_prompts_that_leave_no_room_are_told(model_folder, tmp_path):
-    with pytest.raises(evaluate_util.BadInput, match="max_length=10 leaves no token of an answer"):
+    with pytest.raises(utils.BadInput, match="max_length=10 leaves no token of an answer"):
         evaluate(model_folder, MINI, tmp_path, max_length=10)
 
 
@@ -132,7 +137,7 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
         assert set(one) == {*plain, *(["normalized_gt_loss"] if "real" in task else [])}
         assert json.loads((tmp_path / task).read_text()) == one
         assert len(one["perturb_loss"]["0"]) == (3 if "real" in task else 5)
-    assert {path.name for path in tmp_path.iterdir()} == {*log, evaluate_util.AGGREGATED, evaluate_util.REPORT}
+    assert {path.name for path in tmp_path.iterdir()} == {*log, logs.AGGREGATED, evaluator.REPORT}
 
 
 @pytest.fixture
@@ -187,7 +192,7 @@ def test_nothing_is_evaluated_twice(run, monkeypatch, caplog, capsys):
 def test_an_evaluation_that_stops_goes_on_where_it_was(run, monkeypatch, capsys):
     """Stopped in the third set: the first two are not made again; the bytes are the uninterrupted run's."""
     whole = contents(run(save_dir="whole"))
-    score, calls = evaluate_util._score_rows, []
+    score, calls = row_logs.score_rows, []
 
     def stops(model, task, sharded):
         calls.append(task.data.task)
@@ -195,10 +200,10 @@ def test_an_evaluation_that_stops_goes_on_where_it_was(run, monkeypatch, capsys)
             raise KeyboardInterrupt
         return score(model, task, sharded)
 
-    monkeypatch.setattr(evaluate_util, "_score_rows", stops)
+    monkeypatch.setattr(row_logs, "score_rows", stops)
     with pytest.raises(KeyboardInterrupt):
         run(save_dir="cut")
-    monkeypatch.setattr(evaluate_util, "_score_rows", score)
+    monkeypatch.setattr(row_logs, "score_rows", score)
     capsys.readouterr()
     folder = run("overwrite=false", save_dir="cut")
     assert capsys.readouterr().out.count("not evaluated again") == 2
@@ -234,7 +239,7 @@ def test_bad_input_leaves_an_earlier_evaluation_alone(run, capsys):
 
 def test_paraphrased_questions_and_a_set_of_ones_own(run, capsys):
     """Sets without paraphrases keep their question, and it is said; a fifth set is shown and counts in nothing."""
-    plain = json.loads((run() / evaluate_util.AGGREGATED).read_text())
+    plain = json.loads((run() / logs.AGGREGATED).read_text())
     folder = run(
         "question_key=paraphrased_question",
         "split_list=[retain_perturbed,real_authors_perturbed,world_facts_perturbed,forget10_perturbed,holdout01_perturbed]",
@@ -244,23 +249,23 @@ def test_paraphrased_questions_and_a_set_of_ones_own(run, capsys):
     )
     said = capsys.readouterr().out
     assert said.count("there is no paraphrased_question, so question stands for it") == 2
-    log = json.loads((folder / evaluate_util.AGGREGATED).read_text())
+    log = json.loads((folder / logs.AGGREGATED).read_text())
     row = data_module.load_rows(str(MINI), "forget10_perturbed", ("paraphrased_question",))[0]
     assert row["paraphrased_question"] in log["eval_log_forget.json"]["generated_text"]["0"][0]
     assert log["eval_log_forget.json"]["avg_gt_loss"] != plain["eval_log_forget.json"]["avg_gt_loss"]
     assert log["eval_real_world_wo_options.json"] == plain["eval_real_world_wo_options.json"]
     scores = json.loads((folder / "finished.json").read_text())
     assert "Model Utility" in scores and not any("holdout" in name for name in scores)
-    assert "## eval_log_holdout: `eval_log_holdout.json`" in (folder / evaluate_util.REPORT).read_text()
+    assert "## eval_log_holdout: `eval_log_holdout.json`" in (folder / evaluator.REPORT).read_text()
     with pytest.raises(ValueError, match="questions differ"):
-        metrics.forget_quality(log, plain)
+        tofu_metrics.forget_quality(log, plain)
 
 
 def test_report_shows_scores_intervals_and_rows(run):
     """The page has each score with its interval, and of 12 rows the five best and the five worst, with their texts."""
-    retain = run("ds_size=12", save_dir="retain") / evaluate_util.AGGREGATED
+    retain = run("ds_size=12", save_dir="retain") / logs.AGGREGATED
     folder = run("ds_size=12", f"retain_result={retain}")
-    text, scores = (folder / evaluate_util.REPORT).read_text(), json.loads((folder / "finished.json").read_text())
+    text, scores = (folder / evaluator.REPORT).read_text(), json.loads((folder / "finished.json").read_text())
     assert "| Forget Quality | 1 | 1 to 1 |" in text and "12 rows a side" in text
     low, high = scores["Confidence Intervals"]["Prob. Retain"]
     assert f"| Prob. Retain | {scores['Prob. Retain']:.4g} | {low:.4g} to {high:.4g} |" in text
@@ -276,7 +281,7 @@ def test_golden_logs_are_the_same_bytes_on_any_number_of_processes(launch, golde
     model = SHARED / "golden" / "models" / "tiny-llama"
     args = ("model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", f"model_path={model}", "save_dir=out")
     launch("evaluate_util.py", *args, processes=processes, cwd=tmp_path)
-    assert (tmp_path / "out" / evaluate_util.AGGREGATED).read_bytes() == golden_bytes
+    assert (tmp_path / "out" / logs.AGGREGATED).read_bytes() == golden_bytes
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +289,7 @@ def golden_bytes(tmp_path_factory):
     """The aggregated log of golden model tiny-llama from this one process."""
     folder = tmp_path_factory.mktemp("golden")
     evaluate(SHARED / "golden" / "models" / "tiny-llama", SHARED / "tofu", folder, family="llama2-7b", ds_size=300)
-    return (folder / evaluate_util.AGGREGATED).read_bytes()
+    return (folder / logs.AGGREGATED).read_bytes()
 
 
 @pytest.mark.slow

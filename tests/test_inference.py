@@ -74,8 +74,28 @@ def test_tree_scores_are_the_plain_ones(model):
         for samples, scores in zip(rows(), found, strict=True):
             view = forward.score(model, collate({"forget": samples}))["forget"]
             expected = -losses.sequence_logp(view)
-            assert [count for _, count in scores] == torch.bincount(view.sample).tolist()
-            assert [total for total, _ in scores] == pytest.approx(expected.tolist(), abs=1e-5, rel=1e-5)
+            assert [len(tokens.nll) for tokens in scores] == torch.bincount(view.sample).tolist()
+            totals = [tokens.nll.sum() for tokens in scores]
+            assert totals == pytest.approx(expected.tolist(), abs=1e-5, rel=1e-5)
+            logp = view.logits.log_softmax(-1)
+            mean = (logp.exp() * logp).sum(-1)
+            deviation = ((logp.exp() * logp.square()).sum(-1) - mean.square()).sqrt()
+            for i, tokens in enumerate(scores):
+                its = view.sample == i
+                right = view.logits.argmax(-1)[its] == view.labels[its]
+                assert tokens.right.tolist() == right.tolist()
+                assert tokens.mean == pytest.approx(mean[its].tolist(), abs=1e-4)
+                assert tokens.deviation == pytest.approx(deviation[its].tolist(), abs=1e-4)
+
+
+def test_moments_by_hand():
+    """Min-k++'s worked number: (log p - mean) / deviation of ZF[0, 1:4] at tokens 3, 1, 4 (arXiv 2404.02936)."""
+    logits = torch.tensor(
+        [[1.5, 0.5, 2.25, 3.25, 0.25, 2], [0, 3.75, 0.75, 2.5, 1.5, 0.5], [1.25, 0.25, 2, 1, 2, 1.75]]
+    )
+    mean, deviation = inference._moments(logits, logits.logsumexp(-1))
+    logp = logits.log_softmax(-1)[range(3), [3, 1, 4]]
+    assert ((logp - mean) / deviation).tolist() == pytest.approx([0.842248, 0.626330, 0.691739], abs=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 8])

@@ -7,7 +7,8 @@ import pytest
 from conftest import MINI, SHARED, needs_shared
 
 import log_formats
-import metrics
+import logs
+import tofu_metrics
 
 
 def golden(model: str, name: str = "TOFU_EVAL.json") -> dict:
@@ -20,12 +21,12 @@ def test_golden_openunlearning(model):
     """Its forget quality over all 400 rows to 1e-6 relative, its model utility to 1e-6."""
     raw = golden(model)
     log, retain = (log_formats.as_aggregated(golden(name)) for name in (model, "tiny-llama-retain90"))
-    scores = metrics.statistics(log, retain)
-    assert scores["Forget Quality"] == pytest.approx(raw["forget_quality"]["agg_value"], rel=1e-6)
-    assert scores["Model Utility"] == pytest.approx(raw["model_utility"]["agg_value"], abs=1e-6)
-    assert scores["Forget Rows"] == 400
-    assert scores["Prob. Forget"] == pytest.approx(raw["forget_Q_A_Prob"]["agg_value"], abs=1e-6)
-    assert scores["ROUGE Forget"] == pytest.approx(raw["forget_Q_A_ROUGE"]["agg_value"], abs=1e-6)
+    scores = tofu_metrics.statistics(log, retain)
+    assert scores.values["Forget Quality"] == pytest.approx(raw["forget_quality"]["agg_value"], rel=1e-6)
+    assert scores.values["Model Utility"] == pytest.approx(raw["model_utility"]["agg_value"], abs=1e-6)
+    assert scores.rows["Forget Rows"] == 400
+    assert scores.values["Prob. Forget"] == pytest.approx(raw["forget_Q_A_Prob"]["agg_value"], abs=1e-6)
+    assert scores.values["ROUGE Forget"] == pytest.approx(raw["forget_Q_A_ROUGE"]["agg_value"], abs=1e-6)
 
 
 @needs_shared
@@ -33,9 +34,9 @@ def test_written_in_openunlearnings_format_is_its_own():
     """Golden file -> our log -> its format: its own numbers to 1e-6; and read back, the same to the last bit."""
     raw = golden("tiny-llama")
     log, retain = (log_formats.as_aggregated(golden(name)) for name in ("tiny-llama", "tiny-llama-retain90"))
-    scores = metrics.statistics(log, retain)
+    scores = tofu_metrics.statistics(log, retain)
     f1 = {
-        f"{metrics.TASKS[ours]}.json": {
+        f"{logs.TASKS[ours]}.json": {
             i: row["rougeL_f1"] for i, row in raw[f"{prefix}_Q_A_ROUGE"]["value_by_index"].items()
         }
         for prefix, ours in log_formats.PREFIXES.items()
@@ -52,7 +53,7 @@ def test_written_in_openunlearnings_format_is_its_own():
                 )
     its = golden("tiny-llama", "TOFU_SUMMARY.json")
     assert summary == pytest.approx({name: its[name] for name in summary}, rel=1e-6, abs=1e-6)
-    again = metrics.statistics(log_formats.as_aggregated(json.loads(json.dumps(written))), retain)
+    again = tofu_metrics.statistics(log_formats.as_aggregated(json.loads(json.dumps(written))), retain)
     assert again == scores
 
 
@@ -62,17 +63,17 @@ def test_forget_truth_ratio_alone_is_enough_for_forget_quality(caplog):
     log = log_formats.as_aggregated(
         {"forget_truth_ratio": {"value_by_index": {i: {"score": score} for i, score in ratios.items()}}}
     )
-    found = metrics.columns(log, metrics.FORGET, metrics.RIGHT, metrics.WRONG)
-    assert metrics.log_ratio(found[metrics.RIGHT], found[metrics.WRONG]) == pytest.approx(
+    found = logs.columns(log, logs.FORGET, logs.RIGHT, logs.WRONG)
+    assert tofu_metrics.log_ratio(found[logs.RIGHT], found[logs.WRONG]) == pytest.approx(
         [math.log(r) for r in ratios.values()]
     )
-    assert metrics.forget_quality(log, log).p_value == 1 and "prob_mean" not in caplog.text
+    assert tofu_metrics.forget_quality(log, log).p_value == 1 and "prob_mean" not in caplog.text
     log_formats.as_aggregated({"forget_truth_ratio": {"value_by_index": {"0": {"score": 0.5}}}})
     assert "prob_mean" in caplog.text
 
 
 def test_a_bare_forget_log_is_one():
-    one = {metrics.RIGHT: {"0": 1.0}, metrics.WRONG: {"0": [2.0]}}
+    one = {logs.RIGHT: {"0": 1.0}, logs.WRONG: {"0": [2.0]}}
     assert log_formats.as_aggregated(one) == {"eval_log_forget.json": one}
 
 
@@ -103,7 +104,7 @@ def test_what_we_write_is_read_back(model_folder, tmp_path):
 
     log = evaluate(model_folder, MINI, tmp_path, ds_size=8, max_length=80, save_format=("tofu", "openunlearning"))
     raw = json.loads((tmp_path / "TOFU_EVAL.json").read_text())
-    assert metrics.statistics(log_formats.as_aggregated(raw), log) == metrics.statistics(log, log)
+    assert tofu_metrics.statistics(log_formats.as_aggregated(raw), log) == tofu_metrics.statistics(log, log)
     assert raw["forget_quality"] == {"agg_value": None}  # no retain log was given
     summary = json.loads((tmp_path / "TOFU_SUMMARY.json").read_text())
     assert set(summary) == {"forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "model_utility"}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
-import metrics
+import logs
+import tofu_metrics
 
 
 def read(*names: str) -> dict:
@@ -21,14 +22,14 @@ def read(*names: str) -> dict:
 def test_published_logs(model):
     expected = read("real_logs", "expected.json")[f"{model} vs llama2-7b_retain90"]
     log, retain = read("real_logs", f"{model}.json"), read("real_logs", "llama2-7b_retain90.json")
-    geometric = metrics.utility(log)
+    geometric = tofu_metrics.utility(log)
     for name, value in expected["geometric"].items():
         assert geometric[name] == pytest.approx(value, abs=1e-9), name
-    arithmetic = metrics.utility(log, "arithmetic")
+    arithmetic = tofu_metrics.utility(log, "arithmetic")
     for name, value in expected["arithmetic"].items():
         ours = name if name == "Model Utility" else f"Truth Ratio {name.removesuffix(' Truth Ratio')}"
         assert arithmetic[ours] == pytest.approx(value, abs=1e-9), name
-    quality = metrics.forget_quality(log, retain)
+    quality = tofu_metrics.forget_quality(log, retain)
     assert quality.p_value == pytest.approx(expected["Forget Quality"], rel=1e-9)
     assert quality.statistic == pytest.approx(expected["KS Test Forget"], abs=1e-9)
     assert quality.n == 300
@@ -40,20 +41,20 @@ def test_golden_rows(model):
     text = SHARED.joinpath("golden", "logs", model, "aggr_result.csv").read_text()
     expected = next(csv.DictReader(io.StringIO(text)))
     retain = read("logs", "tiny-llama-retain90", "eval_log_aggregated.json")
-    scores = metrics.statistics(read("logs", model, "eval_log_aggregated.json"), retain)
-    row = metrics.leaderboard_row(scores, model, "golden")
+    scores = tofu_metrics.statistics(read("logs", model, "eval_log_aggregated.json"), retain)
+    row = tofu_metrics.leaderboard_row(scores, model, "golden")
     assert list(row) == list(expected)
     for name, value in expected.items():
         if name not in ("Method", "Submitted By"):
             assert row[name] == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
-    assert metrics.to_csv([row]).splitlines()[0] == text.splitlines()[0]
+    assert tofu_metrics.to_csv([row]).splitlines()[0] == text.splitlines()[0]
 
 
 def test_worked_numbers():
     """Mean losses of two rows, three wrong answers each."""
     wrong = [np.array([1, 3, 2.6]), np.array([2, 1.5, 4])]
-    assert metrics.probability([0.801627, 0.941432]) == pytest.approx([0.448599, 0.390069], abs=1e-6)
-    assert metrics.probability([0.7, 1.2], wrong) == pytest.approx([0.502350, 0.444255], abs=1e-6)
+    assert tofu_metrics.probability([0.801627, 0.941432]) == pytest.approx([0.448599, 0.390069], abs=1e-6)
+    assert tofu_metrics.probability([0.7, 1.2], wrong) == pytest.approx([0.502350, 0.444255], abs=1e-6)
     log = one_log(1.0, [2.0])
     for one in log.values():
         one |= {
@@ -64,8 +65,8 @@ def test_worked_numbers():
         ("geometric", [0.818731, 0.135335], 0.477033, 0.522967),
         ("arithmetic", [1.211658, 0.207069], 0.516192, 0.396466),
     ):
-        assert np.exp(metrics.log_ratio([2.0, 0.5], wrong, kind)) == pytest.approx(ratio, abs=1e-6)
-        scores = metrics.utility(log, kind)
+        assert np.exp(tofu_metrics.log_ratio([2.0, 0.5], wrong, kind)) == pytest.approx(ratio, abs=1e-6)
+        scores = tofu_metrics.utility(log, kind)
         assert scores["Truth Ratio Forget"] == pytest.approx(forget, abs=1e-6)
         assert scores["Truth Ratio Retain"] == pytest.approx(retain, abs=1e-6)
 
@@ -73,19 +74,21 @@ def test_worked_numbers():
 def test_harmonic_mean():
     """A harmonic mean, worked by hand."""
     nine = [0.9895, 0.9857, 0.4747, 0.4555, 0.9330, 0.5962, 0.4186, 0.8825, 0.5390]
-    assert metrics.harmonic_mean(nine) == pytest.approx(0.622684, abs=1e-6)
-    assert metrics.harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3) and metrics.harmonic_mean([0.5, 0.0]) == 0
+    assert tofu_metrics.harmonic_mean(nine) == pytest.approx(0.622684, abs=1e-6)
+    assert (
+        tofu_metrics.harmonic_mean([0.5, 1.0]) == pytest.approx(2 / 3) and tofu_metrics.harmonic_mean([0.5, 0.0]) == 0
+    )
 
 
 @pytest.mark.parametrize(("n", "least"), [(40, 1.86e-23), (200, 1.94e-119), (300, 1.48e-179), (400, 1.06e-239)])
 def test_forget_quality_is_exact(n, least):
     """Two samples wholly apart have p = 2 / C(2n, n); a log against itself 1."""
     low, high = one_log(1.0, [2.0], rows=n), one_log(2.0, [1.0], rows=n)
-    quality = metrics.forget_quality(low, high)
+    quality = tofu_metrics.forget_quality(low, high)
     assert quality.statistic == 1 and quality.n == n
     assert quality.p_value == pytest.approx(2 / math.comb(2 * n, n), rel=1e-9)
     assert quality.p_value == pytest.approx(least, rel=5e-3)
-    assert metrics.forget_quality(low, low).p_value == 1
+    assert tofu_metrics.forget_quality(low, low).p_value == 1
 
 
 def one_log(right: float, wrong: list[float], rouge: float = 0.5, rows: int = 2) -> dict:
@@ -98,14 +101,14 @@ def one_log(right: float, wrong: list[float], rouge: float = 0.5, rows: int = 2)
         "rougeL_recall": rouge,
     }
     return {
-        f"{task}.json": {name: dict.fromkeys(keys, v) for name, v in columns.items()} for task in metrics.TASKS.values()
+        f"{task}.json": {name: dict.fromkeys(keys, v) for name, v in columns.items()} for task in logs.TASKS.values()
     }
 
 
 def test_by_hand():
     """P = 1/2 for the right answer, 1/4 and 1/8 for the wrong ones: R is sqrt(1/32) / (1/2) or (3/16) / (1/2)."""
     log = one_log(math.log(2), [math.log(4), math.log(8)])
-    geometric, arithmetic = metrics.utility(log), metrics.utility(log, "arithmetic")
+    geometric, arithmetic = tofu_metrics.utility(log), tofu_metrics.utility(log, "arithmetic")
     assert geometric["Prob. Retain"] == pytest.approx(0.5)
     assert geometric["Prob. Real World"] == pytest.approx(0.5 / 0.875)
     assert geometric["Truth Ratio Retain"] == pytest.approx(1 - 2 / math.sqrt(32))
@@ -113,13 +116,13 @@ def test_by_hand():
     assert arithmetic["Truth Ratio Forget"] == pytest.approx(3 / 8)
     nine = [0.5, 0.5, 1 - 2 / math.sqrt(32)] + 2 * [0.5, 4 / 7, 1 - 2 / math.sqrt(32)]
     assert geometric["Model Utility"] == pytest.approx(9 / sum(1 / x for x in nine))
-    assert metrics.utility(one_log(1.0, [2.0], rouge=0.0))["Model Utility"] == 0
+    assert tofu_metrics.utility(one_log(1.0, [2.0], rouge=0.0))["Model Utility"] == 0
 
 
 def test_collapsed_models_do_not_overflow():
-    scores = metrics.utility(one_log(5000.0, [1.0]))
+    scores = tofu_metrics.utility(one_log(5000.0, [1.0]))
     assert scores["Truth Ratio Forget"] == pytest.approx(0) and scores["Model Utility"] == 0
-    assert metrics.forget_quality(one_log(5000.0, [1.0], rows=9), one_log(1.0, [2.0], rows=9)).p_value < 0.001
+    assert tofu_metrics.forget_quality(one_log(5000.0, [1.0], rows=9), one_log(1.0, [2.0], rows=9)).p_value < 0.001
 
 
 def test_lists_and_rows_of_unequal_numbers_of_wrong_answers():
@@ -128,7 +131,7 @@ def test_lists_and_rows_of_unequal_numbers_of_wrong_answers():
         **{name: [1.0, 1.0] for name in ("avg_gt_loss", "avg_paraphrased_loss", "rougeL_recall")},
         "average_perturb_loss": [[2.0, 3.0], [2.5]],
     }
-    assert metrics.utility(log)["Truth Ratio Forget"] == pytest.approx(math.exp(-1.5))
+    assert tofu_metrics.utility(log)["Truth Ratio Forget"] == pytest.approx(math.exp(-1.5))
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,11 @@ def test_refusals(spoil, why):
     log = one_log(1.0, [2.0])
     spoil(log)
     with pytest.raises(ValueError, match=why.replace("avg_paraphrased_loss has", "rougeL_recall has")):
-        metrics.utility(log)
+        tofu_metrics.utility(log)
     with pytest.raises(ValueError, match=why):
-        metrics.forget_quality(log, one_log(1.0, [2.0]))
+        tofu_metrics.forget_quality(log, one_log(1.0, [2.0]))
     with pytest.raises(ValueError, match="^retain log: .*" + why.replace("^", "")) as error:
-        metrics.statistics(one_log(1.0, [2.0]), log)
+        tofu_metrics.statistics(one_log(1.0, [2.0]), log)
     assert "\n" not in str(error.value)
 
 
@@ -169,14 +172,14 @@ def forget(log: dict) -> dict:
 def test_what_is_no_log_is_refused():
     for log in ([], 3, "eval_log.json", None):
         with pytest.raises(ValueError, match="not an aggregated log"):
-            metrics.utility(log)
+            tofu_metrics.utility(log)
     with pytest.raises(ValueError, match="truth_ratio=harmonic: geometric or arithmetic"):
-        metrics.forget_quality(one_log(1.0, [2.0]), one_log(1.0, [2.0]), "harmonic")
+        tofu_metrics.forget_quality(one_log(1.0, [2.0]), one_log(1.0, [2.0]), "harmonic")
 
 
 def test_other_rows_are_refused():
     with pytest.raises(ValueError, match=r"different rows \(2 and 3\).*ds_size=null"):
-        metrics.forget_quality(one_log(1.0, [2.0], rows=2), one_log(1.0, [2.0], rows=3))
+        tofu_metrics.forget_quality(one_log(1.0, [2.0], rows=2), one_log(1.0, [2.0], rows=3))
 
 
 def test_equally_many_rows_of_another_split_are_refused():
@@ -188,10 +191,10 @@ def test_equally_many_rows_of_another_split_are_refused():
         return log
 
     whole = told("Born in Oslo, 1950.", "Her book is 'Tide'.")
-    assert metrics.forget_quality(whole, told("Born in Oslo , 1950", "Her book is")).p_value == 1
-    assert metrics.forget_quality(whole, one_log(1.0, [2.0])).p_value == 1  # nothing to tell by
+    assert tofu_metrics.forget_quality(whole, told("Born in Oslo , 1950", "Her book is")).p_value == 1
+    assert tofu_metrics.forget_quality(whole, one_log(1.0, [2.0])).p_value == 1  # nothing to tell by
     with pytest.raises(ValueError, match="2 of 2 answers differ.*same split"):
-        metrics.forget_quality(whole, told("Her father fished.", "He writes in Malay."))
+        tofu_metrics.forget_quality(whole, told("Her father fished.", "He writes in Malay."))
 
 
 def test_rows_are_paired_by_number():
@@ -200,14 +203,14 @@ def test_rows_are_paired_by_number():
     for one in (log, turned):
         forget(one)["avg_paraphrased_loss"] = {str(i): 1.0 + i for i in range(12)}
     forget(turned)["average_perturb_loss"] = dict(reversed(forget(turned)["average_perturb_loss"].items()))
-    assert list(metrics.rows(turned, metrics.FORGET, "average_perturb_loss")) == [str(i) for i in range(12)]
-    assert metrics.forget_quality(log, turned) == metrics.ForgetQuality(1.0, 0.0, 12)
-    assert metrics.utility(log) == metrics.utility(turned)
+    assert list(logs.rows(turned, logs.FORGET, "average_perturb_loss")) == [str(i) for i in range(12)]
+    assert tofu_metrics.forget_quality(log, turned) == tofu_metrics.ForgetQuality(1.0, 0.0, 12)
+    assert tofu_metrics.utility(log) == tofu_metrics.utility(turned)
 
 
 def test_row_without_a_retain_log():
-    row = metrics.leaderboard_row(metrics.statistics(one_log(1.0, [2.0]), None), "a, b", "me")
-    assert row["Forget Quality"] is None and tuple(row) == metrics.COLUMNS
-    again = next(csv.DictReader(io.StringIO(metrics.to_csv([row]))))
+    row = tofu_metrics.leaderboard_row(tofu_metrics.statistics(one_log(1.0, [2.0]), None), "a, b", "me")
+    assert row["Forget Quality"] is None and tuple(row) == tofu_metrics.COLUMNS
+    again = next(csv.DictReader(io.StringIO(tofu_metrics.to_csv([row]))))
     assert again["Forget Quality"] == "" and again["Method"] == "a, b"
     assert float(again["Model Utility"]) == row["Model Utility"]

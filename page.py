@@ -3,54 +3,58 @@
 from collections.abc import Mapping
 from typing import Any
 
-import metrics
+import logs
+import tofu_metrics
+from metric import Statistics
 
 SHOWN = 5  # rows of each set from either end
 
 
-def evaluation_page(log: Mapping[str, Any], scores: Mapping[str, Any], truth_ratio: str) -> str:
+def evaluation_page(log: Mapping[str, Any], scores: Statistics, truth_ratio: str) -> str:
     """`eval_report.md`: the scores with their confidence intervals, and each set's best and worst rows with texts.
 
     Args:
         log: an aggregated log; sets outside the four are shown too and count in nothing.
-        scores: its `metrics.statistics`.
+        scores: its `tofu_metrics.statistics`.
         truth_ratio: the definition that `scores` was made with.
     """
     lines = ["# Evaluation", "", *_table(log, scores, truth_ratio)]
     for file in log:
         task = file.removesuffix(".json")
-        name = next((name for name, known in metrics.TASKS.items() if known == task), task)
+        name = next((name for name, known in logs.TASKS.items() if known == task), task)
         lines += ["", f"## {name}: `{file}`", "", *_rows(log, task, name, truth_ratio)]
     return "\n".join(lines) + "\n"
 
 
-def _table(log: Mapping[str, Any], scores: Mapping[str, Any], truth_ratio: str) -> list[str]:
-    intervals = scores["Confidence Intervals"]
-    names = [name for name in (*metrics.COLUMNS, "KS Statistic", "log10 Forget Quality") if name in scores]
+def _table(log: Mapping[str, Any], scores: Statistics, truth_ratio: str) -> list[str]:
+    intervals = scores.intervals
+    names = [metric.name for metric in tofu_metrics.METRICS if metric.name in scores.values]
     lines = ["| score | value | 95 % interval |", "| --- | ---: | --- |"]
     for name in names:
         between = f"{intervals[name][0]:.4g} to {intervals[name][1]:.4g}" if name in intervals else ""
-        lines.append(f"| {name} | {scores[name]:.4g} | {between} |")
-    lines += ["", f"Truth ratio: {truth_ratio}. Intervals: percentile bootstrap by row, {metrics.RESAMPLES} resamples."]
-    if "Forget Rows" in scores:
-        lines.append(f"Forget quality: two-sample KS test, {scores['Forget Rows']} rows a side.")
+        lines.append(f"| {name} | {scores.values[name]:.4g} | {between} |")
+    lines += [
+        "",
+        f"Truth ratio: {truth_ratio}. Intervals: percentile bootstrap by row, {tofu_metrics.RESAMPLES} resamples.",
+    ]
+    if scores.rows:
+        lines.append(f"Forget quality: two-sample KS test, {scores.rows['Forget Rows']} rows a side.")
     else:
         lines.append("Forget quality needs the forget set and a `retain_result`.")
-    if "Model Utility" not in scores:
-        missing = [task for task in metrics.TASKS.values() if f"{task}.json" not in log]
+    if missing := logs.missing_sets(log):
         lines.append(f"Model utility needs {', '.join(missing)} too.")
     return lines
 
 
 def _rows(log: Mapping[str, Any], task: str, name: str, truth_ratio: str) -> list[str]:
     """The set's means, then its rows with the highest and the lowest ROUGE-L recall, ties by probability."""
-    scores = metrics.row_scores(log, name, truth_ratio)
+    scores = tofu_metrics.row_scores(log, name, truth_ratio)
     means = ", ".join(f"{score} {values.mean():.4g}" for score, values in scores.items())
     lines = [f"{means}; {len(scores['ROUGE'])} rows."]
-    keys = list(metrics.rows(log, task, "rougeL_recall"))
+    keys = list(logs.rows(log, task, "rougeL_recall"))
     order = sorted(range(len(keys)), key=lambda i: (-scores["ROUGE"][i], -scores["Prob."][i], i))
     texts = log[f"{task}.json"].get("generated_text")
-    texts = metrics.rows(log, task, "generated_text") if texts else {}
+    texts = logs.rows(log, task, "generated_text") if texts else {}
     for title, chosen in (("Highest", order[:SHOWN]), ("Lowest", order[max(SHOWN, len(order) - SHOWN) :][::-1])):
         if not chosen:
             continue

@@ -1,0 +1,250 @@
+"""Evaluate a model on its sets: per-row logs, then statistics of the logs. The same code during training and after."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import inference
+import log_formats
+import logs
+import provenance
+import ranks
+import row_logs
+import tofu_metrics
+import utils
+from data_module import Tags
+from metric import Statistics
+from retain_log import load_retain_log
+from sets import Task, load_sets, prepare, reach
+
+log = logging.getLogger(__name__)
+
+STATISTICS = "aggregate_stat.csv"
+REPORT = "eval_report.md"
+FINGERPRINTS = "fingerprints.json"
+OPENUNLEARNING = ("TOFU_EVAL.json", "TOFU_SUMMARY.json")
+OWN = ("eval_*.json", logs.AGGREGATED, STATISTICS, REPORT, FINGERPRINTS, *OPENUNLEARNING)  # what an evaluation writes
+VERSION = 2  # part of every fingerprint: raise it whenever a change of the code moves a number
+Page = Callable[[Mapping[str, Any], Statistics, str], str]  # of a log, its statistics and the truth ratio's name
+
+
+def evaluate(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    save_dir: str | Path,
+    *,
+    batch_size: int,
+    save_generated_text: bool = True,
+    truth_ratio: str = "geometric",
+    save_format: Sequence[str] = ("tofu",),
+    retain_log: Mapping[str, Any] | None = None,
+    method_name: str = "",
+    page: Page | None = None,
+    fingerprints: Mapping[str, Mapping[str, Any]] | None = None,
+    todo: Sequence[str] | None = None,
+    sharded: bool = False,
+) -> dict[str, Any]:
+    """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
+
+    Batches are formed once over all rows and dealt whole to the ranks, so that no bit of the result depends on how many
+    there are. Each set's log is written as soon as it is complete.
+
+    Args:
+        model: unwrapped; put into eval mode for the while. None where `todo` is empty.
+        tasks: what `prepare` made of the sets.
+        save_dir: gets TASK.json for each set, `eval_log_aggregated.json`, `eval_report.md`, with all four sets and
+            `retain_log` `aggregate_stat.csv`, and what `save_format` asks for.
+        batch_size: most prompts generated at once.
+        truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs hold losses and are the same for both.
+        save_format: `openunlearning` also writes TOFU_EVAL.json and TOFU_SUMMARY.json.
+        retain_log: the aggregated log of a model finetuned on the retain set alone; None: no forget quality.
+        method_name: the Method column of the statistics.
+        page: makes `eval_report.md`.
+        fingerprints: task -> what its log is a function of (`fingerprint`); kept beside the logs.
+        todo: the sets to evaluate, the same on all ranks; the other sets' logs are in save_dir already. None for all.
+        sharded: whether the ranks share one model (ZeRO-3, FSDP): then all of them run equally many forwards.
+
+    Returns:
+        What finished.json holds (`metric.Statistics.record`), on rank 0; {} on the others.
+
+    Raises:
+        BadInput: a loss that is not finite.
+    """
+    folder = Path(save_dir)
+    todo = [task.data.task for task in tasks] if todo is None else todo
+    made: dict[str, dict] = {}
+    for task in tasks:
+        name = task.data.task
+        if name in todo:
+            with inference.ready(model, reach(task)):
+                # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
+                texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded)
+                scores = row_logs.score_rows(model, task, sharded)
+            made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text)
+            if ranks.rank() == 0:
+                utils.write_json(folder / f"{name}.json", made[f"{name}.json"])
+                _remember(folder, name, (fingerprints or {}).get(name))
+        elif ranks.rank() == 0:
+            made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    if ranks.rank() > 0:
+        return {}
+    statistics = _write(made, folder, retain_log, method_name, truth_ratio, save_format)
+    if page is not None:
+        utils.write_text(folder / REPORT, page(made, statistics, truth_ratio))
+    return statistics.record()
+
+
+def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a set's log is a function of: a log with the same fingerprint need not be made again.
+
+    Args:
+        model: the identity of the weights and the tokenizer (`models.identity`).
+        settings: what else moves a number or a text. Not batch_size nor the engine: they move bits beyond the tenth.
+    """
+    rows = json.dumps([task.data, task.questions], ensure_ascii=False)
+    return provenance.fingerprint(model=model, data=provenance.digest(rows), **settings, version=VERSION)
+
+
+def _remember(folder: Path, name: str, made_from: Mapping[str, Any] | None) -> None:
+    """Note a log's fingerprint together with its own digest, so that neither can go with another of the other."""
+    path = folder / FINGERPRINTS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if made_from is not None:
+        utils.write_json(path, known | {name: {**made_from, "log": provenance.file_digest(folder / f"{name}.json")}})
+
+
+def why_not_complete(folder: Path, name: str, made_from: Mapping[str, Any]) -> str | None:
+    """Why a set's log in `folder` can't stand for a new one; None if it can."""
+    path, known = folder / f"{name}.json", folder / FINGERPRINTS
+    if not path.is_file():
+        return "it is not there"
+    noted = json.loads(known.read_text(encoding="utf-8")).get(name) if known.is_file() else None
+    if noted is None or noted.get("log") != provenance.file_digest(path):
+        return "it has no fingerprint"
+    differing = provenance.differing(noted, made_from)
+    return f"it was made with other {', '.join(differing)}" if differing else None
+
+
+def _write(
+    made: dict[str, dict],
+    folder: Path,
+    retain_log: Mapping[str, Any] | None,
+    method_name: str,
+    truth_ratio: str,
+    save_format: Sequence[str],
+) -> Statistics:
+    """Write the aggregated log and what follows from it."""
+    utils.write_json(folder / logs.AGGREGATED, made)
+    scores = tofu_metrics.statistics(made, retain_log, truth_ratio)
+    if missing := logs.missing_sets(made):
+        log.info("no model utility: it needs %s too", ", ".join(missing))
+    elif retain_log is not None:
+        utils.write_text(
+            folder / STATISTICS, tofu_metrics.to_csv([tofu_metrics.leaderboard_row(scores, method_name, "")])
+        )
+    if "openunlearning" in save_format:
+        geometric = scores if truth_ratio == "geometric" else tofu_metrics.statistics(made, retain_log)
+        contents = log_formats.to_openunlearning(made, geometric, _f1(made))
+        for name, content in zip(OPENUNLEARNING, contents, strict=True):
+            utils.write_json(folder / name, content)
+    log.info("evaluation logs: %s", folder)
+    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in scores.values.items()))
+    return scores
+
+
+def _f1(made: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """ROUGE-L F1 of every row whose texts were kept."""
+    texts = {name: one.get("generated_text", {}) for name, one in made.items()}
+    return {
+        name: {i: row_logs.scorer().score(truth, text)["rougeL"].fmeasure for i, (_, text, truth) in rows.items()}
+        for name, rows in texts.items()
+    }
+
+
+class Evaluator:
+    """`evaluate` with all but the model bound, from a checked `schema.Evaluate`; bad input is told when it is made."""
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        tags: Tags,
+        page: Page | None = None,
+        method_name: str = "",
+        prefix: str = "",
+    ) -> None:
+        """Read and tokenise every set, and read the retain result.
+
+        Args:
+            tags: the family's.
+            page: makes `eval_report.md`.
+            prefix: what stands before the keys of `cfg` on the command line.
+
+        Raises:
+            BadInput: see `load_sets`, `prepare` and `load_retain_log`.
+        """
+        self.cfg, self.tokenizer, self.method_name = cfg, tokenizer, method_name
+        self.tags, self.page = tags, page
+        sets = load_sets(cfg)
+        self.retain_log = load_retain_log(cfg, sets, tags)
+        self.tasks = [prepare(data, tokenizer, self.tags, **cfg.generation, prefix=prefix) for data in sets]
+        self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
+
+    def fingerprints(self, model: str, bf16: bool) -> dict[str, dict[str, Any]]:
+        """Task -> `fingerprint`.
+
+        Args:
+            model: the identity of the weights.
+            bf16: whether the model computes in bf16.
+        """
+        settings = {
+            "tags": [self.tags.question_start_tag, self.tags.question_end_tag, self.tags.answer_tag],
+            "end_token": self.tokenizer.eos_token,
+            "generation": dict(self.cfg.generation),
+            "precision": "bf16" if bf16 else "fp32",
+            "save_generated_text": self.cfg.save_generated_text,
+        }
+        return {task.data.task: fingerprint(task, model, settings) for task in self.tasks}
+
+    def missing(self, folder: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The sets whose logs in `folder` are not there or not of these fingerprints. Rank 0 looks and says why."""
+        todo = []
+        if ranks.rank() == 0:
+            for name, made_from in fingerprints.items():
+                why = why_not_complete(folder, name, made_from)
+                log.info("%s: %s", name, f"evaluated, because {why}" if why else "complete, and not evaluated again")
+                todo += [name] if why else []
+        return ranks.from_rank_0(todo)
+
+    def __call__(
+        self,
+        model: PreTrainedModel | None,
+        save_dir: str | Path,
+        sharded: bool = False,
+        fingerprints: Mapping[str, Mapping[str, Any]] | None = None,
+        todo: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate `model` into `save_dir`; see `evaluate`."""
+        self.scores = evaluate(
+            model,
+            self.tokenizer,
+            self.tasks,
+            save_dir,
+            batch_size=self.cfg.batch_size,
+            save_generated_text=self.cfg.save_generated_text,
+            truth_ratio=self.cfg.truth_ratio,
+            save_format=self.cfg.save_format,
+            retain_log=self.retain_log,
+            method_name=self.method_name,
+            page=self.page,
+            fingerprints=fingerprints,
+            todo=todo,
+            sharded=sharded,
+        )
+        return self.scores

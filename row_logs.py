@@ -1,0 +1,108 @@
+"""From a model and a set to its log: every answer scored, every question answered, numbers and texts for each row."""
+
+import functools
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import inference
+import logs
+import ranks
+from inference import TokenScores
+from sets import Task
+from utils import BadInput
+
+SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
+LOGITS_AT_ONCE = 2**28  # numbers, 1 GiB in float32: bounds such a batch where the vocabulary is large
+REFILLS = 2  # prompts that share a generation's slots, in multiples of batch_size: more keep the slots full
+
+
+@functools.cache
+def scorer() -> Any:
+    """The scorer of generations: ROUGE-1 and ROUGE-L, with the stemmer, as the benchmark has it."""
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk and scipy: a second
+
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+
+
+def score_rows(model: PreTrainedModel, task: Task, sharded: bool) -> list[dict[tuple[str, int], TokenScores]]:
+    """Of each row: (kind, number) -> what the model makes of that answer's tokens."""
+    order = sorted(range(len(task.trees)), key=lambda i: (len(task.trees[i].tokens), i))
+    budget = max(1, min(SCORED_AT_ONCE, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
+    batches: list[list[int]] = [[]]
+    for i in order:  # ascending, so the newest is the widest
+        if batches[-1] and (len(batches[-1]) + 1) * len(task.trees[i].tokens) > budget:
+            batches.append([])
+        batches[-1].append(i)
+    found = {}
+    for batch in ranks.share(batches, f"{task.data.task}: scoring", sharded):
+        found.update(zip(batch, inference.score_trees(model, [task.trees[i] for i in batch]), strict=True))
+    found = ranks.merge(found)
+    return [dict(zip(answers, found[i], strict=True)) for i, answers in enumerate(task.answers)]
+
+
+def generate_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, sharded: bool
+) -> list[str]:
+    """Each row's greedy answer, up to an end token or its own budget."""
+    order = sorted((i for i, budget in enumerate(task.budgets) if budget), key=lambda i: (len(task.prompts[i]), i))
+    parts = -(-len(order) // (REFILLS * batch_size))  # of nearly equal size
+    batches = [order[len(order) * k // parts : len(order) * (k + 1) // parts] for k in range(parts)]
+    ends = inference.end_tokens(model, tokenizer)
+    together = ranks.Together(model) if sharded else None
+    found = {}
+    for batch in ranks.share(batches, f"{task.data.task}: generating"):
+        tokens = inference.greedy(
+            model,
+            [task.prompts[i] for i in batch],
+            [task.budgets[i] for i in batch],
+            ends,
+            at_once=batch_size,
+            known=[task.likely[i] for i in batch],
+            before_forward=together.work if together else lambda: None,
+        )
+        found.update(zip(batch, tokens, strict=True))
+    if together:
+        together.wait()
+    found = ranks.merge(found)
+    return [tokenizer.decode(found.get(i, []), skip_special_tokens=True).strip() for i in range(len(task.prompts))]
+
+
+def log_of(task: Task, scores: list[dict], texts: list[str], save_text: bool) -> dict[str, dict]:
+    """The per-row log in the public benchmark's format: metric -> row number as a string -> value."""
+    rows = [_row_of(task, i, scores[i], texts[i]) for i in range(len(task.prompts))]
+    if not save_text:
+        for row in rows:
+            del row["generated_text"]
+    return {metric: {str(i): row[metric] for i, row in enumerate(rows)} for metric in rows[0]}
+
+
+def _row_of(task: Task, i: int, scores: dict[tuple[str, int], TokenScores], text: str) -> dict[str, Any]:
+    truth = task.data.rows[i][task.data.answer_key]
+    sums = {answer: (float(tokens.nll.sum()), len(tokens.nll)) for answer, tokens in scores.items()}
+    gt, count = sums["gt", 0]
+    base, base_count = sums.get(("paraphrased", 0), (gt, count))
+    perturbed = [score for (kind, _), score in sums.items() if kind == "perturb"]
+    averages = [total / n for total, n in perturbed]
+    if not np.isfinite([gt, base, *averages]).all():
+        raise BadInput(f"{task.data.task}, row {i}: a loss is not finite: the model has diverged")
+    rouge = scorer().score(truth, text)
+    found = {
+        "avg_gt_loss": gt / count,
+        "gt_loss": gt,
+        "num_token_gt": count,
+        "generated_text": [task.questions[i], text, truth],
+        "rouge1_recall": rouge["rouge1"].recall,
+        "rougeL_recall": rouge["rougeL"].recall,
+        "average_perturb_loss": averages,
+        "avg_paraphrased_loss": base / base_count,
+        "truth_ratio": float(np.exp(min(base / base_count - np.mean(averages), 700.0))),
+        "paraphrased_loss": base,
+        "perturb_loss": [total for total, _ in perturbed],
+        "num_token_paraphrased": base_count,
+        "num_token_perturb": [n for _, n in perturbed],
+    }
+    if logs.multiple_choice(task.data.task):
+        found["normalized_gt_loss"] = float(np.logaddexp.reduce([-gt / count, *(-a for a in averages)]) + gt / count)
+    return found
