@@ -535,7 +535,7 @@ def main(cfg: DictConfig) -> None:
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluator = Evaluator(cfg, tokenizer)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine)
+    models.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
 
     out = utils.start_evaluation(
         cfg, cfg.save_dir, overwrite=cfg.overwrite, own=(*OWN, *(f"{task}.json" for task in cfg.eval_task))
