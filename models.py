@@ -38,7 +38,13 @@ from transformers import (
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils import (
+    cached_file,
+    extract_commit_hash,
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_liger_kernel_available,
+)
 
 import utils
 from utils import BadInput
@@ -80,7 +86,7 @@ def identity(path: str, *, random_weights: bool = False) -> str:
     """
     kind = "random weights of " if random_weights else ""
     if not Path(path).is_dir():
-        return f"{kind}{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+        return f"{kind}{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
     patterns = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
     patterns += ["vocab*", "merges*"] + (
         [] if random_weights else ["*.safetensors", "pytorch_model*", "adapter_model*"]
