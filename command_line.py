@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import logging
 import os
 import re
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -165,8 +165,7 @@ def _check_sweep(name: str, overrides: list[str]) -> None:
     HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-            for job in jobs:
+            for job in _jobs(overrides):
                 cfg = hydra.compose(name, job)
                 key = "save_dir" if "save_dir" in cfg else "save_file"
                 place = str(cfg[key])
@@ -181,6 +180,23 @@ def _check_sweep(name: str, overrides: list[str]) -> None:
     named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
     said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
     raise BadInput(f"{said}: put the swept key into it, {key}='{place}{named}'")
+
+
+def _jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, in Hydra's order: the last key's values change fastest.
+
+    Raises:
+        HydraException: one that Hydra can't read.
+    """
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        swept = override.is_sweep_override()
+        if swept and not override.is_discrete_sweep():
+            raise HydraException(f"{override.input_line} has no end of values")
+        key = override.get_key_element()
+        found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values[key] = [f"{key}={value}" for value in found]
+    return [list(job) for job in itertools.product(*values.values())]
 
 
 def _check_jobs(name: str, written: dict[str, list[str]], composed: dict[str, DictConfig]) -> None:

@@ -83,14 +83,15 @@ def load_rows(
             raise BadInput(f"data_path={data_path} is a file: name the folder that holds the splits")
     else:
         utils.check_hub(data_path, "data_path", "dataset", None)
-        path = data_path
+        path = _offline(data_path) if datasets.config.HF_HUB_OFFLINE else data_path
     with _told(data_path, split):
         names = datasets.get_dataset_config_names(path)
-    if split not in names:
+    # of an id whose tables are in its own cache, and without the hub, `datasets` tells no names but this
+    if split not in names and (Path(path).is_dir() or names != ["default"]):
         raise BadInput(utils.no_split(data_path, split, names))
     with tempfile.TemporaryDirectory() as fresh:
         # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
-        cache = {"cache_dir": fresh} if utils.is_local(data_path) else {}
+        cache = {"cache_dir": fresh} if Path(path).is_dir() else {}
         with _told(data_path, split):
             table = datasets.load_dataset(path, split, split="train", **cache)
         for name, other in instead.items():
@@ -98,6 +99,19 @@ def load_rows(
                 log.info("%s, %s: there is no %s, so %s stands for it", data_path, split, name, other)
                 table = table.add_column(name, table[other])
         return _rows(table, data_path, split, columns, first)
+
+
+def _offline(name: str) -> str:
+    """What `datasets` reads of a hub data set without the hub: its folder in the hub's cache, where whole, or the id.
+
+    Given the id, `datasets` looks only into its own cache, which holds the splits that were loaded before; their files
+    alone are in the hub's cache then.
+    """
+    folder = utils.snapshot(name)
+    try:
+        return folder if folder and datasets.get_dataset_config_names(folder) else name
+    except Exception:  # of files that are missing, which differs with the layout
+        return name
 
 
 @contextmanager

@@ -184,7 +184,8 @@ class TofuTrainer(Trainer):
         for name, share in weighted.items():
             found = torch.autograd.grad(share, parameters, retain_graph=True, materialize_grads=True)
             kept = self._gradients.setdefault(name, [torch.zeros_like(gradient) for gradient in found])
-            torch._foreach_add_(kept, found)
+            for total, gradient in zip(kept, found, strict=True):
+                total.add_(gradient)
 
     def _after_step(self) -> None:
         """After each optimiser step, on every rank."""

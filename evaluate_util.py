@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     tokenizer = models.load_tokenizer(path, family.end_token)
     evaluate = evaluator.Evaluator(cfg, tokenizer, family, page.evaluation_page)
     engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine)
+    models.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
     out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own)
     identity = models.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""

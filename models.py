@@ -2,21 +2,30 @@
 
 import copy
 import hashlib
-import json
 import logging
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
@@ -27,9 +36,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils import (
+    cached_file,
+    extract_commit_hash,
+    is_bitsandbytes_available,
+    is_flash_attn_2_available,
+    is_liger_kernel_available,
+)
 
 import architectures
 import ranks
@@ -40,7 +55,7 @@ log = logging.getLogger(__name__)
 
 
 def resolve(path: str, key: str) -> str:
-    """A model's folder or hub id, known to be reachable.
+    """A model's folder or hub id, known to be reachable; of a folder with an adapter, its base too.
 
     Raises:
         BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; `key` is the config
@@ -50,6 +65,13 @@ def resolve(path: str, key: str) -> str:
         folder = Path(utils.find(path))
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
+        if _is_adapter(str(folder)):
+            base = _base(str(folder))
+            resolve(base, f"{folder}/adapter_config.json: base_model_name_or_path")
+            if _is_adapter(base):
+                raise BadInput(
+                    f"{path} holds an adapter to another adapter, {base}: merge that one into its base first"
+                )
         return str(folder)
     if path in utils.SHIPPED:
         raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in a few minutes")
@@ -66,7 +88,7 @@ def identity(path: str, *, random_weights: bool = False) -> str:
     """
     kind = "random weights of " if random_weights else ""
     if not Path(path).is_dir():
-        return f"{kind}{path}@{AutoConfig.from_pretrained(path)._commit_hash}"
+        return f"{kind}{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
     patterns = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
     patterns += ["vocab*", "merges*"] + (
         [] if random_weights else ["*.safetensors", "pytorch_model*", "adapter_model*"]
@@ -128,16 +150,20 @@ def check_loadable(
     quantize: str | None = None,
     liger_kernel: bool = False,
     states: bool = False,
+    weights: bool = True,
 ) -> None:
     """Refuse what `load` could not do; called before a run has a folder or reads a weight.
 
     Args:
         path: as `resolve` gave it.
+        weights: whether those in `path` are wanted; a hub model's are fetched now. False where random ones are, and
+            while DeepSpeed ZeRO-3 is set up, which would shard what is only looked at.
 
     Raises:
-        BadInput: only an adapter where the processes share one model, or one without its base; an attention that
-            is not there; packing for a model that might see across samples; four bits without bitsandbytes; Liger's
-            kernels for a model that they don't know; hidden states of one whose blocks may be elsewhere.
+        BadInput: only an adapter where the processes share one model; an attention that is not there; packing for a
+            model that might see across samples; four bits without bitsandbytes; Liger's kernels for a model that they
+            don't know; hidden states of one whose blocks may be elsewhere; weights that are not there, can't be read
+            or leave a tensor of the model without its value.
     """
     if attention == "flash_attention_2" and not (is_flash_attn_2_available() and engine.bf16):
         raise BadInput(
@@ -154,15 +180,111 @@ def check_loadable(
     if quantize and (engine.name != "ddp" or adapter):
         what = f"the adapter in {path}" if adapter else f"engine={engine.name}"
         raise BadInput(f"LoRA.quantize={quantize} does not go with {what}: take engine=ddp and a whole model")
-    if not adapter:
-        return _check_architecture(AutoConfig.from_pretrained(path), attention, packing, liger_kernel, states)
-    if engine.sharded:  # merging needs the whole model
+    if adapter and engine.sharded:  # merging needs the whole model
         raise BadInput(
             f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
             "(our runs save merged models)"
         )
-    resolve(_base(path), f"{path}/adapter_config.json: base_model_name_or_path")
-    check_loadable(_base(path), engine, attention, packing=packing, liger_kernel=liger_kernel, states=states)
+    whole = _base(path) if adapter else path
+    with _told("architecture", whole):
+        config = AutoConfig.from_pretrained(whole)
+    _check_architecture(config, attention, packing, liger_kernel, states)
+    if weights and getattr(config, "quantization_config", None) is None:  # packed numbers can't be looked at so
+        shell = _check_weights(whole)
+        if adapter:
+            _check_adapter(shell, path)
+
+
+@contextmanager
+def _told(what: str, path: str) -> Iterator[None]:
+    """Make one line of whatever a library raises of files that it can't read: its types differ with their format."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
+        raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why}): {todo}") from None
+
+
+def _check_weights(path: str) -> PreTrainedModel:
+    """The model in `path` without numbers: names and shapes are compared as `from_pretrained` compares them.
+
+    It takes a quarter of a second and no memory for a GB of weights, whatever their format.
+
+    Raises:
+        BadInput: no weights, broken ones, or ones that don't fill the model.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it prints a table of what is missing: one line of ours says it
+    try:
+        with _told("weights", path):
+            shell, found = AutoModelForCausalLM.from_pretrained(
+                path, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    _check_filled(path, found)
+    if found["unexpected_keys"]:
+        log.warning("%s: the model has no place for %s; left out", path, _named(found["unexpected_keys"]))
+    return shell
+
+
+def _check_adapter(shell: PreTrainedModel, path: str) -> None:
+    """Raise BadInput unless each tensor of the adapter in `path` has its place in its base, and each place a tensor."""
+    with _told("adapter", path):
+        peft = PeftModel(shell, PeftConfig.from_pretrained(path), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys: it is an error here
+            found = peft.load_adapter(path, "default", torch_device="cpu", low_cpu_mem_usage=True)
+    missing = {key.replace(".default", "") for key in found.missing_keys}
+    if missing or found.unexpected_keys:
+        _refuse(path, missing, (), found.unexpected_keys)
+
+
+def _check_filled(path: str, found: Mapping[str, Collection[Any]]) -> None:
+    """Raise BadInput if transformers' report on loading says that it drew a tensor at random."""
+    if found["missing_keys"] or found["mismatched_keys"]:
+        _refuse(path, found["missing_keys"], found["mismatched_keys"], found["unexpected_keys"])
+
+
+WRAPPERS = {"_orig_mod.": "torch.compile's", "module.": "DistributedDataParallel's"}  # prefix -> whose it is
+
+
+def _refuse(
+    path: str, missing: Collection[str], mismatched: Collection[tuple[str, Any, Any]], unexpected: Collection[str]
+) -> None:
+    """Say which tensors don't fit.
+
+    Args:
+        mismatched: (name, shape in the file, shape in the model).
+    """
+    said = []
+    if missing:
+        said += [f"the file lacks {_named(missing)}"]
+    if mismatched:
+        shapes = [f"{name} {tuple(theirs)} instead of {tuple(ours)}" for name, theirs, ours in mismatched]
+        said += [f"of another shape than the model's: {_named(shapes)}"]
+    if unexpected:
+        said += [f"the model has no place for {_named(unexpected)}"]
+    todo = "save the whole model again"
+    if prefix := prefix_of(missing, unexpected):
+        whose = f", {WRAPPERS[prefix]}," if prefix in WRAPPERS else ""
+        todo = f"the prefix {prefix}{whose} stands before the names: save the model inside the wrapper, or take it off"
+    raise BadInput(f"{path}: its weights do not fit its config.json: {'; '.join(said)}: {todo}")
+
+
+def _named(names: Collection[str], shown: int = 3) -> str:
+    """Some names and how many there are."""
+    rest = ", ..." if len(names) > shown else ""
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(sorted(names)[:shown])}{rest})"
+
+
+def prefix_of(missing: Collection[str], unexpected: Collection[str]) -> str | None:
+    """What stands before the names of most tensors that are there under another name; None if nothing does."""
+    wanted = set(missing)
+    tails = ((name, dot + 1) for name in unexpected for dot, letter in enumerate(name) if letter == ".")
+    found = Counter(name[:at] for name, at in tails if name[at:] in wanted)
+    return found.most_common(1)[0][0] if found else None
 
 
 def _check_architecture(
@@ -200,7 +322,16 @@ def _is_adapter(path: str) -> bool:
 
 
 def _base(path: str) -> str:
-    return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """The model that an adapter belongs to.
+
+    Raises:
+        BadInput: the adapter does not say.
+    """
+    file = Path(path) / "adapter_config.json"
+    base = utils.read_json(file, "adapter").get("base_model_name_or_path")
+    if not base:
+        raise BadInput(f"{file} does not say which model the adapter belongs to: set its base_model_name_or_path")
+    return utils.find(base)
 
 
 def _stand_alone() -> None:
@@ -217,11 +348,12 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer in `path`, its `eos_token` the one that ends an answer.
 
     Raises:
-        BadInput: no fast tokenizer (the answer's first token is found by character offsets), or no end token.
+        BadInput: no tokenizer, no fast one (the answer's first token is found by character offsets), or no end token.
     """
     if _is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = _base(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    with _told("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer of {path} is a slow one: a fast tokenizer (tokenizer.json) is needed")
     if end_token is not None:
@@ -254,6 +386,9 @@ def load(
         bf16_compute: with `shard`, compute in bf16 over the float32 shards.
         random_weights: only the architecture is taken from `path`; the weights are drawn from the seed.
         quantize: 4bit: linear layers in four bits (NF4, constants quantised too), computing in `dtype`.
+
+    Raises:
+        BadInput: the weights leave a tensor of the model without its value (`check_loadable` tells it beforehand).
     """
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attention is not None:
@@ -262,16 +397,19 @@ def load(
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    adapter = _is_adapter(path)
+    whole = _base(path) if adapter else path
     if random_weights:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **kwargs)
-    if _is_adapter(path):
-        base = AutoModelForCausalLM.from_pretrained(_base(path), **kwargs)
-        return PeftModel.from_pretrained(base, path).merge_and_unload()
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), **kwargs)
     if shard:
         kwargs["distributed_config"] = DistributedConfig(
             fsdp_size=ranks.world_size(), fsdp_mixed_precision=bf16_compute
         )
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model, found = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **kwargs)
+    _check_filled(whole, found)
+    if not adapter:
+        return model
+    return PeftModel.from_pretrained(model, path).merge_and_unload().requires_grad_(True)  # peft froze the base
 
 
 def load_frozen(
@@ -293,7 +431,7 @@ def load_frozen(
     Raises:
         BadInput: as of `check_loadable`, which a script asks before it makes a folder.
     """
-    check_loadable(path, engine, attention)
+    check_loadable(path, engine, attention, weights=False)  # `load` looks at them
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
     autocast = trained_in is not None and engine.name != "deepspeed"  # DeepSpeed itself turns what it trains into bf16
@@ -425,11 +563,10 @@ def _gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and every buffer that is saved."""
     yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

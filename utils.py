@@ -72,25 +72,56 @@ def complement(split: str) -> str | None:
 
 
 def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:
-    """Ask once, shortly, whether the hub (or its local cache) has `name`.
+    """Ask once, shortly, whether the hub (or its local cache) has `name`, and in it `filename`.
 
     Raises:
         BadInput: it has not, or cannot be reached.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    try:
+        validate_repo_id(name)
+        wrong = name.count("/") != 1
+    except HFValidationError:
+        wrong = True
+    if wrong:
         raise BadInput(f"{key}={name}: no such folder, and no hub id (owner/name) either")
-    cached = Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{name.replace('/', '--')}"
-    if (filename and isinstance(try_to_load_from_cache(name, filename), str)) or (not filename and cached.is_dir()):
+    if isinstance(try_to_load_from_cache(name, filename, repo_type=repo_type), str) if filename else _cached(name):
         return
     try:
-        HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS)
+        files = HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS).siblings or []
     except Exception as error:  # whatever the transport raises, the answer to the user is the same line
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise BadInput(
             f"{key}={name}: no such folder, not in the local cache, and the hub does not give it ({why})"
         ) from None
+    if filename and filename not in [file.rfilename for file in files]:
+        raise BadInput(
+            f"{key}={name}: the hub's repository has no {filename} in it, so it holds no whole {repo_type} (an adapter "
+            f"is loaded from a folder: hf download {name} --local-dir FOLDER)"
+        )
+
+
+def snapshot(name: str) -> str | None:
+    """The folder of a hub data set's files in the hub's local cache; None if it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _cached(name: str) -> bool:
+    """Whether a hub data set's files are in the hub's local cache, or its tables in that of `datasets`."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, last = name.partition("/")
+    tables = Path(config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(last)}"
+    return tables.is_dir() or snapshot(name) is not None
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """Runs many command lines in one process, so that a test pays for one launch: engine_worker.py CASES.json MODEL.
 
 CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be;
-"logits" stands for `dataloader.LOGITS` in it.
+"logits" stands for `dataloader.LOGITS` in it. A case with "refused" must end with exit code 2, and what it says on
+stderr goes into the file that it names.
 For each run's save_dir, what only the live processes know is written beside it: the number of parameters that this rank
 holds a part of (SAVE_DIR.rankN.json). The family `tiny` is the model in the folder MODEL.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,6 +39,17 @@ def watch(trainer_class: type, seen: dict) -> None:
     trainer_class.train = watched
 
 
+def refusal(run: Callable[[], None]) -> str:
+    """What a command line that must be refused says."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            run()
+        except SystemExit as stop:
+            if stop.code == 2:
+                return said.getvalue()
+    raise AssertionError(f"{sys.argv} was not refused: {said.getvalue()}")
+
+
 def main() -> None:
     """Run every case."""
     seen: dict = {}
@@ -45,7 +60,11 @@ def main() -> None:
         seen.clear()
         dataloader.LOGITS = case.get("logits", logits)
         sys.argv = [f"{case['script']}.py", *case["args"]]
-        importlib.import_module(case["script"]).main()
+        run = importlib.import_module(case["script"]).main
+        if "refused" in case:
+            Path(case["refused"]).write_text(refusal(run))
+            continue
+        run()
         save_dir = next((arg.split("=", 1)[1] for arg in case["args"] if arg.startswith("save_dir=")), None)
         if save_dir and seen:
             Path(f"{save_dir}.rank{ranks.rank()}.json").write_text(json.dumps(seen))

@@ -1,0 +1,115 @@
+"""The libraries' private names that the code relies on: each is listed here with a test of what it must do.
+
+A library may change such a name in any release and say nothing. DeepSpeed's marks of a sharded parameter (`ds_id`,
+`ds_tensor`, `ds_numel`) have no public counterpart either; tests/test_engines.py runs them.
+"""
+
+import ast
+import inspect
+
+import accelerate
+import pytest
+from conftest import REPO
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    RwkvForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import dataloader
+import models
+
+PRIVATE = {  # name -> where
+    "_attn_implementation": {"inference", "dataloader"},
+    "_get_num_items_in_batch": {"dataloader"},
+    "_n_gpu": {"optimisation"},
+    "_reset_state": {"models"},
+    "_supports_flash_attn": {"models"},
+    "_supports_flex_attn": {"models"},
+    "_supports_sdpa": {"inference", "models"},
+}
+FILES = [*REPO.glob("*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
+OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def nodes() -> list[tuple[str, ast.AST]]:
+    return [(path.stem, node) for path in FILES for node in ast.walk(ast.parse(path.read_text()))]
+
+
+def defined(node: ast.AST) -> str | None:
+    """The function, class or attribute of self that a statement defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    return node.attr if stored and isinstance(node.value, ast.Name) and node.value.id == "self" else None
+
+
+def named(node: ast.AST) -> list[str]:
+    """The names that an expression or an import asks another object or module for."""
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        module = getattr(node, "module", None) or ""
+        return [part for name in (module, *(alias.name for alias in node.names)) for part in name.split(".")]
+    if isinstance(node, ast.Constant) and node.value in PRIVATE:  # as getattr takes it
+        return [node.value]
+    return []
+
+
+def test_no_other_private_name_is_used():
+    """What the repository itself defines is its own; a method of that name may still be a library's, overridden."""
+    ours = {defined(node) for _, node in nodes()}
+    overridden = {name for name in vars(dataloader.TofuTrainer) if private(name) and hasattr(Trainer, name)}
+    found: dict[str, set[str]] = {name: {"dataloader"} for name in overridden}
+    for stem, node in nodes():
+        for name in named(node):
+            if private(name) and name not in (ours - overridden) | OTHERS:
+                found.setdefault(name, set()).add(stem)
+    assert found == PRIVATE
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_config_says_which_attention_its_model_has(model_folder, attention):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert AutoModelForCausalLM.from_pretrained(model_folder).config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_class_says_which_attentions_it_has():
+    marks = {
+        kind: [getattr(kind, mark) for mark in models.SUPPORT.values()] for kind in (LlamaForCausalLM, RwkvForCausalLM)
+    }
+    assert marks == {LlamaForCausalLM: [True, True, True], RwkvForCausalLM: [False, False, False]}
+    assert Gemma2ForCausalLM._supports_flash_attn and not Gemma2ForCausalLM._supports_sdpa
+
+
+def test_release_forgets_what_accelerate_keeps():
+    """Without it the second raises, for the precision of a process is set once."""
+    try:
+        for precision, steps in (("bf16", 4), ("no", 1)):
+            made = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=steps)
+            assert (made.mixed_precision, made.gradient_accumulation_steps) == (precision, steps)
+            models.release()
+    finally:
+        models.release()
+
+
+def test_the_number_of_cards_can_be_set(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2)
+    args._n_gpu = 3
+    assert args.n_gpu == 3 and args.train_batch_size == 6
+
+
+def test_the_trainer_asks_for_the_number_of_terms_as_we_answer():
+    ours, theirs = (inspect.signature(kind._get_num_items_in_batch) for kind in (dataloader.TofuTrainer, Trainer))
+    assert list(ours.parameters) == list(theirs.parameters)
+    assert "self._get_num_items_in_batch(" in inspect.getsource(Trainer.get_batch_samples)
