@@ -17,8 +17,8 @@ from transformers import PretrainedConfig, Trainer, TrainerCallback
 
 import architectures
 import forward
-import models
 import objective
+import saving
 from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
 from objective import Method, Term
 from utils import BadInput
@@ -262,7 +262,7 @@ class TofuTrainer(Trainer):
             BadInput: with the remedy.
         """
         skipped = getattr(self.model_wrapped, "skipped_steps", 0)  # DeepSpeed's answer to gradients that are not finite
-        bad = torch.tensor(float(skipped > 0 or not models.all_finite(self.model)), device=self.accelerator.device)
+        bad = torch.tensor(float(skipped > 0 or not saving.all_finite(self.model)), device=self.accelerator.device)
         if self.accelerator.reduce(bad, "sum").item():
             raise self._diverged(f"step {self.state.global_step}, the last: its update is no longer finite")
 

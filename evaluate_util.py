@@ -24,25 +24,28 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     cfg = checks.check(cfg, schema.Evaluate)
     from accelerate.utils import set_seed  # here, so that a refused command line does not wait for heavy libraries
 
+    import engines
     import evaluator
-    import models
+    import folders
+    import loadable
+    import loading
     import page
     import run_folder
 
     family = families.family(cfg.model_family)
-    path = models.resolve(*((family.hf_key, "model_family") if cfg.use_pretrained else (cfg.model_path, "model_path")))
-    tokenizer = models.load_tokenizer(path, family.end_token)
+    path = folders.resolve(*((family.hf_key, "model_family") if cfg.use_pretrained else (cfg.model_path, "model_path")))
+    tokenizer = folders.load_tokenizer(path, family.end_token)
     evaluate = evaluator.Evaluator(cfg, tokenizer, family, page.evaluation_page)
-    engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
-    models.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
+    engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
+    loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
     out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own)
-    identity = models.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
+    identity = folders.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
     fingerprints = evaluate.fingerprints(identity, engine.bf16)
     todo, model = evaluate.missing(out, fingerprints), None
     if todo:
         set_seed(SEED)
-        model = models.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
+        model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
     scores = evaluate(model, out, engine.sharded, fingerprints, todo)
     run_folder.finish_run(out, scores)
     return scores

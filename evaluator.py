@@ -104,7 +104,7 @@ def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str
     """What a set's log is a function of: a log with the same fingerprint need not be made again.
 
     Args:
-        model: the identity of the weights and the tokenizer (`models.identity`).
+        model: the identity of the weights and the tokenizer (`folders.identity`).
         settings: what else moves a number or a text. Not batch_size nor the engine: they move bits beyond the tenth.
     """
     rows = json.dumps([task.data, task.questions], ensure_ascii=False)

@@ -10,14 +10,18 @@ from transformers import PreTrainedModel
 
 import data_module
 import dataloader
+import engines
 import evaluator
 import families
-import models
+import folders
+import loadable
+import loading
 import objective
 import optimisation
 import page
 import references
 import run_folder
+import saving
 from objective import Method
 from utils import BadInput
 
@@ -47,9 +51,9 @@ class Job:
         """
         self.cfg, self.method = cfg, method
         self.family = families.family(cfg.model_family)
-        self.path = models.resolve(path, key)
-        self.tokenizer = models.load_tokenizer(self.path, self.family.end_token)
-        self.engine = models.engine(cfg.engine, cfg.ds_config, cfg.precision)
+        self.path = folders.resolve(path, key)
+        self.tokenizer = folders.load_tokenizer(self.path, self.family.end_token)
+        self.engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
         self.evaluator: evaluator.Evaluator | None = None
 
     def read(self) -> None:
@@ -74,16 +78,16 @@ class Job:
         """Refuse a model that can't be trained as the config asks for, and settings that the Trainer would refuse.
 
         Raises:
-            BadInput: see `models.check_loadable` and `optimisation.arguments`; also gradient norms where an engine
+            BadInput: see `loadable.check_loadable` and `optimisation.arguments`; also gradient norms where an engine
                 shards the gradients.
         """
         cfg = self.cfg
         if cfg.get("log_gradient_norms") and self.engine.name != "ddp":
             raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {self.engine.name}")
-        self.attention = models.attention_of(self.family, cfg.attention)
+        self.attention = loading.attention_of(self.family, cfg.attention)
         keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
         states = any(term.contract.states for term in self.method.terms)
-        models.check_loadable(self.path, self.engine, self.attention, states=states, **keys)
+        loadable.check_loadable(self.path, self.engine, self.attention, states=states, **keys)
 
     def evaluates(self) -> None:
         """Read and tokenise the evaluation's sets.
@@ -145,7 +149,7 @@ class Job:
     def _load(self, weights: Any) -> PreTrainedModel:
         """The model to train: all its weights, or adapters in float32 that are drawn from the seed."""
         lora = self.cfg.LoRA
-        model = models.load(
+        model = loading.load(
             self.path,
             attention=self.attention,
             dtype=weights,
@@ -154,7 +158,7 @@ class Job:
             quantize=lora.quantize,
         )
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
-        return models.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
+        return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
     def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
         """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder."""
@@ -164,13 +168,13 @@ class Job:
         """Evaluate the starting model as it is, into checkpoint-0.
 
         Raises:
-            BadInput: see `models.check_loadable` and `run_folder.start_run`.
+            BadInput: see `loadable.check_loadable` and `run_folder.start_run`.
         """
         cfg = self.cfg
-        models.check_loadable(self.path, self.engine)
+        loadable.check_loadable(self.path, self.engine)
         self.evaluates()
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
-        scores = self.evaluate(models.load_frozen(self.path, self.engine), 0)
+        scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0)
         run_folder.finish_run(self.out, scores)
         return scores
 
@@ -182,7 +186,7 @@ class Job:
         """
         if self.cfg.get("save_model", True):
             change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
-            models.save(trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, change=change)
+            saving.save(trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, change=change)
         scores = self.evaluator.scores if self.evaluator is not None else {}
         done = {**trained, **self.method.result(), **scores}
         run_folder.finish_run(self.out, done)

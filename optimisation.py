@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 import ranks
-from models import Engine
+from engines import Engine
 from schema import STOCHASTIC
 from utils import BadInput
 

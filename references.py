@@ -8,19 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
-
 import forward
-import losses
-import models
-import objective
 import provenance
 import ranks
 import run_folder
+import torch
+from omegaconf import DictConfig
+
+import folders
+import loading
+import losses
+import objective
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
-from models import Engine
+from engines import Engine
 from objective import Term
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **s
     """What reference log-probabilities are a function of.
 
     Args:
-        model: the identity of the starting model (`models.identity`).
+        model: the identity of the starting model (`folders.identity`).
         settings: how it is loaded: type of the weights, four bits, attention.
     """
     digest = provenance.digest(json.dumps(samples))
@@ -139,14 +140,14 @@ def of_run(
         logps: sample -> nats, where a term compares with them.
     """
     needs = objective.needs_of(terms)
-    loading = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
-    load_frozen = partial(models.load_frozen, path, engine, **loading)
+    settings = {"trained_in": trained_in, "quantize": cfg.LoRA.quantize, "attention": attention}
+    load_frozen = partial(loading.load_frozen, path, engine, **settings)
     frozen = load_frozen() if "live" in needs and not cfg.LoRA.r else None
     logps = None
     if "logp" in needs:
         samples = compared(data, terms, cfg.num_epochs)
-        identity = models.identity(path) if ranks.rank() == 0 else ""
-        made_from = logps_fingerprint(samples, identity, engine, **{key: str(value) for key, value in loading.items()})
+        identity = folders.identity(path) if ranks.rank() == 0 else ""
+        made_from = logps_fingerprint(samples, identity, engine, **{key: str(value) for key, value in settings.items()})
         starting = load_frozen if frozen is None else lambda: frozen
         logps = starting_logps(out, samples, made_from, starting, cfg.batch_size, engine.sharded)
     return {"reference": frozen, "logps": logps}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import models
+import loading
 import utils
 from objective import Method
 from utils import BadInput
@@ -39,7 +39,7 @@ class TaskVector(Method):
     def before_saving(self, model: torch.nn.Module) -> None:
         """Put each weight as far from the start on its other side, `negate` times; tied weights once."""
         unset_hf_deepspeed_config()  # while the training's is alive, loading shards, and the other ranks are not here
-        start = dict(models.load(self.start).named_parameters())
+        start = dict(loading.load(self.start).named_parameters())
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if (theirs := {name: parameter.shape for name, parameter in start.items()}) != shapes:
             raise RuntimeError(f"other parameters than the starting model's: {sorted(set(shapes) ^ set(theirs))[:5]}")

@@ -33,8 +33,9 @@ from transformers.utils import logging as library_logging  # noqa: E402
 import data_module  # noqa: E402
 import evaluator  # noqa: E402
 import families  # noqa: E402
+import folders  # noqa: E402
 import inference  # noqa: E402
-import models  # noqa: E402
+import loading  # noqa: E402
 import row_logs  # noqa: E402
 import sets  # noqa: E402
 
@@ -54,7 +55,7 @@ Scores = dict[tuple[str, int, int], float]  # set, row, completion -> sum of tok
 def the_model(name: str, tokenizer) -> LlamaForCausalLM:
     """`random`, the benchmark's, or `golden`."""
     if name == "golden":
-        return models.load(str(GOLDEN)).eval().requires_grad_(False)
+        return loading.load(str(GOLDEN)).eval().requires_grad_(False)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -181,7 +182,7 @@ def same(plain: Scores, ours: Scores, texts: list[str], tokens: list[list[int]],
 
 def measure(name: str, repetitions: int, rows: int) -> dict[str, list[float]]:
     """Seconds of every part, a list a part over the repetitions, for one model."""
-    tokenizer, chosen = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
+    tokenizer, chosen = folders.load_tokenizer(str(GOLDEN), None), the_sets(rows)
     model, seconds = the_model(name, tokenizer), {}
     for number in range(repetitions):
         done = {
@@ -209,7 +210,7 @@ def peak(what: str, rows: int) -> float:
 
 def memory_of(what: str, rows: int) -> None:
     """Print the peak, for `peak`."""
-    tokenizer, chosen = models.load_tokenizer(str(GOLDEN), None), the_sets(rows)
+    tokenizer, chosen = folders.load_tokenizer(str(GOLDEN), None), the_sets(rows)
     model = the_model("random", tokenizer)
     with torch.no_grad():
         model(input_ids=torch.ones((1, 8), dtype=torch.long))  # the libraries' own buffers belong to the idle process

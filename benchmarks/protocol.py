@@ -134,9 +134,9 @@ def write_model(
     from train_speed import llama
     from transformers import AutoModelForCausalLM
 
-    import models
+    import folders
 
-    tokenizer = models.load_tokenizer(str(GOLDEN), None)
+    tokenizer = folders.load_tokenizer(str(GOLDEN), None)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     made = llama(shape, vocabulary or len(tokenizer), **ends, **config)

@@ -40,7 +40,7 @@ from transformers.utils import logging as library_logging  # noqa: E402
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
 import families  # noqa: E402
-import models  # noqa: E402
+import folders  # noqa: E402
 import objective  # noqa: E402
 import ranks  # noqa: E402
 import references  # noqa: E402
@@ -166,7 +166,7 @@ class Job:
 
     def __init__(self, name: str, size: str, rows: int | None = None) -> None:
         method, self.batch_size, vocabulary = JOBS.get(name, (name, 8, None))
-        tokenizer = models.load_tokenizer(str(GOLDEN), None)
+        tokenizer = folders.load_tokenizer(str(GOLDEN), None)
         load = lambda split: data_module.load_rows(str(SHARED / "tofu"), split, ("question", "answer"), rows)  # noqa: E731
         self.method = objective.finetuning()
         sets = {"retain": load("full")}

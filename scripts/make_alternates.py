@@ -25,9 +25,12 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 import command_line  # noqa: E402
 import data_module  # noqa: E402
+import engines  # noqa: E402
 import families  # noqa: E402
+import folders  # noqa: E402
 import inference  # noqa: E402
-import models  # noqa: E402
+import loadable  # noqa: E402
+import loading  # noqa: E402
 import provenance  # noqa: E402
 import ranks  # noqa: E402
 import schema  # noqa: E402
@@ -221,14 +224,14 @@ def run(args: argparse.Namespace) -> None:
     path = args.model_path or family.ft_model_path
     if path is None:
         raise BadInput(f"{args.model_family} has no ft_model_path: name a model as --model-path")
-    path = models.resolve(path, "--model-path")
-    tokenizer = models.load_tokenizer(path, family.end_token)
-    engine = models.engine("ddp", "", args.precision)
-    models.check_loadable(path, engine)
+    path = folders.resolve(path, "--model-path")
+    tokenizer = folders.load_tokenizer(path, family.end_token)
+    engine = engines.engine_of("ddp", "", args.precision)
+    loadable.check_loadable(path, engine)
     rows = data_module.load_rows(args.data_path, args.split, ("question", "answer"))
     prompts = [prompt(family, row["question"], row["answer"]) for row in rows]
     settings = {
-        "model": models.identity(path),
+        "model": folders.identity(path),
         "split": args.split,
         "data": provenance.digest(json.dumps([rows, prompts])),  # tags and examples too
         **{key: getattr(args, key) for key in ("k", "temperature", "greedy", "seed", "max_new_tokens")},
@@ -239,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     todo = [i for i in range(len(rows)) if i not in done or None in done[i]["alternates"]]
     log.info("%s: %d of %d rows to do, %d alternates each", args.split, len(todo), len(rows), args.k)
     if todo:
-        writer = Writer(models.load_frozen(path, engine), tokenizer, family, args)
+        writer = Writer(loading.load_frozen(path, engine), tokenizer, family, args)
         at_once = max(1, args.batch_size // args.k)
         batches = [todo[first : first + at_once] for first in range(0, len(todo), at_once)]
         with part.open("a", encoding="utf-8") as file:

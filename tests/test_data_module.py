@@ -10,8 +10,9 @@ from conftest import MINI, read_table, write_table
 import altpo
 import data_module
 import families
+import folders
 import forward
-import models
+import loading
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
 from utils import BadInput
 
@@ -20,7 +21,7 @@ FAMILY = families.family("tiny")
 
 @pytest.fixture(scope="module")
 def tokenizer(model_folder):
-    return models.load_tokenizer(str(model_folder), None)
+    return folders.load_tokenizer(str(model_folder), None)
 
 
 def test_encode_scores_the_answer_and_one_end_token(tokenizer):
@@ -176,7 +177,7 @@ def test_first_rows_are_the_first(tokenizer):
 
 def test_score_equals_the_models_own_loss(model_folder, tokenizer):
     """Padded rows, logits at scored positions only: transformers' loss over the same labels, to 1e-5."""
-    model = models.load(str(model_folder)).eval()
+    model = loading.load(str(model_folder)).eval()
     rows = read_table("forget01")
     samples = [data_module.encode(tokenizer, FAMILY, row["question"], row["answer"], 200) for row in rows]
     view = forward.score(model, data_module.collate({"forget": samples}))["forget"]
@@ -234,13 +235,13 @@ def ending(tokenizer, folder, end: str):
     """The same tokenizer, which ends every text with the special token `end` by itself."""
     from tokenizers import processors
 
-    tokenizer = models.load_tokenizer(tokenizer.name_or_path, None)
+    tokenizer = folders.load_tokenizer(tokenizer.name_or_path, None)
     special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", end)]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"<s> $A {end}", special_tokens=special
     )
     tokenizer.save_pretrained(folder)
-    return models.load_tokenizer(str(folder), None)
+    return folders.load_tokenizer(str(folder), None)
 
 
 @pytest.mark.parametrize("end", ["</s>", "<unk>"])  # the answer's own end token, and another one

@@ -15,9 +15,12 @@ from transformers.utils import is_torchao_available
 import architectures
 import data_module
 import dataloader
+import engines
+import folders
 import forward
+import loadable
+import loading
 import losses
-import models
 import objective
 import references
 import rmu
@@ -124,7 +127,7 @@ def test_logits_in_pieces_are_the_whole_ones(monkeypatch, tmp_path, name, method
 
 def test_adapters_that_are_frozen_stay_so():
     """Switching adapters off for the reference and on again lets peft train all of them; the method's choice stands."""
-    model = models.add_lora(make("Llama"), r=2, alpha=2, dropout=0.0)
+    model = loading.add_lora(make("Llama"), r=2, alpha=2, dropout=0.0)
     rmu.train_only(model, 1, 1)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 and all("layers.1.mlp.down_proj.lora_" in name for name in trained)
@@ -169,14 +172,14 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
         with torch.no_grad():
             view = forward.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
         assert value == pytest.approx(losses.sequence_logp(view).item(), abs=1e-5, rel=1e-5)
-    order, engine = list(logps), models.Engine("ddp", False)
+    order, engine = list(logps), engines.Engine("ddp", False)
     made_from = references.logps_fingerprint(order, "model a", engine)
     references.write_logps(tmp_path, order, logps, made_from)
     assert references.read_logps(tmp_path, order, made_from) == logps
     for other in (
         references.logps_fingerprint(order, "model b", engine),
         references.logps_fingerprint(order[1:], "model a", engine),
-        references.logps_fingerprint(order, "model a", models.Engine("ddp", True)),
+        references.logps_fingerprint(order, "model a", engines.Engine("ddp", True)),
         references.logps_fingerprint(order, "model a", engine, quantize="4bit"),
     ):
         assert references.read_logps(tmp_path, order, other) is None
@@ -189,8 +192,8 @@ def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tm
 
     args = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}", "split=forget05")
     args += ("forget_loss=dpo", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "lr=1e-3")
-    loaded, load = [], models.load_frozen
-    monkeypatch.setattr(models, "load_frozen", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    loaded, load = [], loading.load_frozen
+    monkeypatch.setattr(loading, "load_frozen", lambda *a, **k: loaded.append(1) or load(*a, **k))
 
     def run(*more):
         monkeypatch.setattr("sys.argv", ["forget.py", *args, f"save_dir={tmp_path}/run", "overwrite_dir=true", *more])
@@ -224,20 +227,20 @@ def test_batches_do_not_depend_on_the_loaders_processes():
 
 def test_a_model_that_is_not_all_attention_is_not_packed(tmp_path):
     """One has linear attention, which knows no positions; one numbers positions by itself; one has no attention."""
-    engine = models.Engine("ddp", False)
+    engine = engines.Engine("ddp", False)
     for kind in ("qwen3_next", "opt", "rwkv"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(utils.BadInput, match=f"packed samples of {kind} see each other.*: take packing=false"):
-            models.check_loadable(str(tmp_path), engine, packing=True)
-        models.check_loadable(str(tmp_path), engine, weights=False)
+            loadable.check_loadable(str(tmp_path), engine, packing=True)
+        loadable.check_loadable(str(tmp_path), engine, weights=False)
     assert {make(name).config.model_type for name in ARCHITECTURES} == set(architectures.PACKABLE)
 
 
 def test_an_attention_that_a_model_lacks_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
     with pytest.raises(utils.BadInput, match="attention=sdpa: gemma2 has no such attention: take attention=auto"):
-        models.check_loadable(str(tmp_path), models.Engine("ddp", False), "sdpa")
-    models.check_loadable(str(tmp_path), models.Engine("ddp", False), "eager", weights=False)
+        loadable.check_loadable(str(tmp_path), engines.Engine("ddp", False), "sdpa")
+    loadable.check_loadable(str(tmp_path), engines.Engine("ddp", False), "eager", weights=False)
 
 
 @pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
@@ -264,10 +267,10 @@ def test_adapters_on_four_bits(model_folder, tmp_path, monkeypatch, loss, term, 
 
 def test_four_bits_are_refused_where_they_cannot_be(model_folder, tmp_path):
     with pytest.raises(utils.BadInput, match="LoRA.quantize=4bit does not go with engine=fsdp: take engine=ddp"):
-        models.check_loadable(str(model_folder), models.Engine("fsdp", False), None, quantize="4bit")
+        loadable.check_loadable(str(model_folder), engines.Engine("fsdp", False), None, quantize="4bit")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model_folder)}))
     with pytest.raises(utils.BadInput, match="does not go with the adapter in .*: take engine=ddp and a whole model"):
-        models.check_loadable(str(tmp_path), models.Engine("ddp", False), None, quantize="4bit")
+        loadable.check_loadable(str(tmp_path), engines.Engine("ddp", False), None, quantize="4bit")
 
 
 @pytest.mark.parametrize("script", ["finetune", "forget"])
@@ -284,7 +287,7 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, monkeypatch
         args = ("model_family=tiny", "data_path=data/mini", "split=forget10", "engine=ddp", "num_epochs=3", key)
         args += (f"model_path={model_folder}",) if script == "forget" else ()
         monkeypatch.setattr("sys.argv", [f"{script}.py", *args, f"save_dir={tmp_path}/run"])
-        monkeypatch.setattr(models, "resolve", lambda *_: str(model_folder))
+        monkeypatch.setattr(folders, "resolve", lambda *_: str(model_folder))
         with pytest.raises(SystemExit, match="2"):
             importlib.import_module(script).main()
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists(), key
@@ -300,7 +303,7 @@ def test_stochastic_rounding_loses_no_update(model_folder, tmp_path, monkeypatch
         common = ("model_family=tiny", "data_path=data/mini", "split=forget10", "engine=ddp", *args)
         common += ("lr=1e-5", "batch_size=10", "num_epochs=3", f"save_dir={tmp_path}/{name}")
         monkeypatch.setattr("sys.argv", ["finetune.py", *common])
-        monkeypatch.setattr(models, "resolve", lambda *_: str(model_folder))
+        monkeypatch.setattr(folders, "resolve", lambda *_: str(model_folder))
         finetune.main()
         end = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).state_dict()
         first = AutoModelForCausalLM.from_pretrained(model_folder, dtype=start).to(torch.float32).state_dict()

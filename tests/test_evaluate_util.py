@@ -16,9 +16,10 @@ import data_module
 import evaluate_util
 import evaluator
 import families
+import folders
 import inference
+import loading
 import logs
-import models
 import row_logs
 import sets
 import tofu_metrics
@@ -28,7 +29,7 @@ import utils
 def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="forget10", **kwargs) -> dict:
     """Evaluate the model in `path` in this process; the aggregated log."""
     model_family = families.family(family)
-    tokenizer = models.load_tokenizer(str(path), None)
+    tokenizer = folders.load_tokenizer(str(path), None)
     names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", f"{split}_perturbed")
     tasks = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
     bases = ("paraphrased_answer", "answer", "answer", "paraphrased_answer")
@@ -38,7 +39,7 @@ def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="for
         keys = ("question", "answer", base, "perturbed_answer")
         rows = data_module.load_rows(str(data_path), name, keys, ds_size)
         prepared.append(sets.prepare(sets.EvalSet(task, rows, *keys), tokenizer, model_family, **room))
-    evaluator.evaluate(models.load(str(path)), tokenizer, prepared, folder, **{"batch_size": 30, **kwargs})
+    evaluator.evaluate(loading.load(str(path)), tokenizer, prepared, folder, **{"batch_size": 30, **kwargs})
     return json.loads((folder / logs.AGGREGATED).read_text())
 
 
@@ -62,7 +63,7 @@ def test_golden_logs(name, tmp_path):
 def test_loss_is_the_causal_lm_loss(model_folder, tmp_path):
     """Row 0 of each set: the model's own loss over the same labels."""
     log = evaluate(model_folder, MINI, tmp_path, ds_size=2)
-    tokenizer, model = models.load_tokenizer(str(model_folder), None), models.load(str(model_folder)).eval()
+    tokenizer, model = folders.load_tokenizer(str(model_folder), None), loading.load(str(model_folder)).eval()
     row = data_module.load_rows(str(MINI), "forget10_perturbed", ("question", "answer"))[0]
     prompt, text = f"Question: {row['question']}\n", f"Question: {row['question']}\n{row['answer']}"
     ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
@@ -89,8 +90,8 @@ def test_no_row_depends_on_its_batch(model_folder, tmp_path):
 
 def test_budget_is_the_rows_own(model_folder, tmp_path):
     """A random model never stops: prompt and generation make max_length tokens, or max_new_tokens new ones."""
-    tokenizer = models.load_tokenizer(str(model_folder), None)
-    model = models.load(str(model_folder)).eval()
+    tokenizer = folders.load_tokenizer(str(model_folder), None)
+    model = loading.load(str(model_folder)).eval()
     family = families.family("tiny")
     rows = data_module.load_rows(str(MINI), "forget01_perturbed", ("question", "answer"))
     prompts = [tokenizer(data_module.prompt(family, row["question"]))["input_ids"] for row in rows]
@@ -164,8 +165,8 @@ def test_nothing_is_evaluated_twice(run, monkeypatch, caplog, capsys):
     folder = run()
     whole = contents(folder)
     loaded = []
-    load = models.load_frozen
-    monkeypatch.setattr(models, "load_frozen", lambda *args, **kwargs: loaded.append(1) or load(*args, **kwargs))
+    load = loading.load_frozen
+    monkeypatch.setattr(loading, "load_frozen", lambda *args, **kwargs: loaded.append(1) or load(*args, **kwargs))
     run("overwrite=false", "batch_size=7")
     assert not loaded and contents(folder) == whole
     assert capsys.readouterr().out.count("complete, and not evaluated again") == 4

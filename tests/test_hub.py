@@ -13,7 +13,7 @@ from hub_cache import COMMIT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import models
+import folders
 import utils
 
 MODEL, DATA, TABLES = "owner/llama", "owner/tofu-mini", "owner/prepared"
@@ -163,10 +163,10 @@ def test_a_repository_of_the_hub_must_hold_a_model(monkeypatch, files, said):
     answer = huggingface_hub.hf_api.ModelInfo(id="owner/other", siblings=siblings)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: answer)
     if said is None:
-        assert models.resolve("owner/other", "model_path") == "owner/other"
+        assert folders.resolve("owner/other", "model_path") == "owner/other"
         return
     with pytest.raises(utils.BadInput, match=f"model_path=owner/other: .*{said}"):
-        models.resolve("owner/other", "model_path")
+        folders.resolve("owner/other", "model_path")
 
 
 @pytest.mark.parametrize("name", ["no such/name", "./nowhere/near", "~/x", "/a/b", "one", "a/b/c", "owner/n..me", ""])

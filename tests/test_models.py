@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_inference import ARCHITECTURES, make
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import engines
 import families
-import models
+import folders
+import loadable
+import loading
 import utils
 
-DDP = models.Engine("ddp", False)
+DDP = engines.Engine("ddp", False)
 FORMATS = ("safetensors", "sharded", "bin")
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -84,14 +87,14 @@ def test_weights_that_do_not_fill_the_model_are_refused(broken, fault, kind):
     """By the check beforehand and by loading itself, with one line."""
     change, said = FAULTS[fault]
     folder = broken(change, kind)
-    for look in (models.check_loadable, models.load_frozen):
-        if look is models.load_frozen and fault == "shape":
+    for look in (loadable.check_loadable, loading.load_frozen):
+        if look is loading.load_frozen and fault == "shape":
             continue  # transformers itself refuses to load it
         with pytest.raises(utils.BadInput) as refusal:
             look(str(folder), DDP)
         assert said in str(refusal.value) and str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
-    models.check_loadable(str(folder), DDP, weights=False)
-    models.load_frozen(str(folder), DDP, random_weights=True)
+    loadable.check_loadable(str(folder), DDP, weights=False)
+    loading.load_frozen(str(folder), DDP, random_weights=True)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -109,7 +112,7 @@ def test_the_check_finds_what_loading_finds(broken, fault, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_whole_weights_are_not_refused(broken, kind, caplog):
     with caplog.at_level(logging.WARNING):
-        models.check_loadable(str(broken(dict, kind)), DDP)
+        loadable.check_loadable(str(broken(dict, kind)), DDP)
     assert not caplog.records
 
 
@@ -118,8 +121,8 @@ def test_every_architecture_is_loaded_as_it_is_saved(name, tmp_path, caplog):
     """Tied embeddings, which are saved once, and names that transformers turns into others, are whole."""
     make(name).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
-        models.check_loadable(str(tmp_path), DDP)
-        models.load(str(tmp_path))
+        loadable.check_loadable(str(tmp_path), DDP)
+        loading.load(str(tmp_path))
     assert not caplog.records
 
 
@@ -130,15 +133,15 @@ def test_tied_embeddings_are_there_once(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in weights
-    models.check_loadable(str(tmp_path), DDP)
+    loadable.check_loadable(str(tmp_path), DDP)
     write(tmp_path, without("embed")(weights))
     with pytest.raises(utils.BadInput, match=EMBEDDING):
-        models.check_loadable(str(tmp_path), DDP)
+        loadable.check_loadable(str(tmp_path), DDP)
 
 
 def test_tensors_without_a_place_are_named(broken, caplog):
     with caplog.at_level(logging.WARNING):
-        models.check_loadable(str(broken(with_a_third_layer)), DDP)
+        loadable.check_loadable(str(broken(with_a_third_layer)), DDP)
     (said,) = [record.getMessage() for record in caplog.records]
     assert "no place for 9 tensors (model.layers.2." in said
 
@@ -150,7 +153,7 @@ def test_weights_that_cannot_be_read(model_folder, tmp_path, content):
     if content is not None:
         (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(utils.BadInput, match=r"the weights of .*model cannot be loaded \(.*\): save or copy it again"):
-        models.check_loadable(str(folder), DDP)
+        loadable.check_loadable(str(folder), DDP)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +171,14 @@ def test_weights_that_cannot_be_read(model_folder, tmp_path, content):
 def test_every_script_refuses_them_before_it_makes_a_folder(
     broken, script, args, capsys, tmp_path, monkeypatch, model_folder
 ):
-    import schema
 
     folder, adapter = broken(FAULTS["compiled"][0]), tmp_path / "adapter"
     adapted(model_folder, adapter)
     described = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(folder)}))
-    families = copy.deepcopy(families._families())
-    families.tiny.hf_key = str(folder)
-    monkeypatch.setattr(schema, "_families", lambda: families)
+    known = copy.deepcopy(families._families())
+    known.tiny.hf_key = str(folder)
+    monkeypatch.setattr(families, "_families", lambda: known)
     monkeypatch.setattr(
         "sys.argv",
         [f"{script}.py", "model_family=tiny", "data_path=data/mini", "engine=ddp", f"save_dir={tmp_path}/run"]
@@ -223,18 +225,18 @@ ADAPTER_FAULTS = {
 def test_an_adapter_that_does_not_fit_its_base_is_refused(model_folder, tmp_path, fault):
     change, said = ADAPTER_FAULTS[fault]
     adapted(model_folder, tmp_path)
-    models.check_loadable(str(tmp_path), DDP)
+    loadable.check_loadable(str(tmp_path), DDP)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
     with pytest.raises(utils.BadInput) as refusal:
-        models.check_loadable(str(tmp_path), DDP)
+        loadable.check_loadable(str(tmp_path), DDP)
     assert said in str(refusal.value) and str(tmp_path) in str(refusal.value)
 
 
 def test_a_merged_adapter_can_be_trained(model_folder, tmp_path):
     """All of it, as any other model; its weights are the base's and the adapter's together."""
     adapted(model_folder, tmp_path)
-    merged, base = models.load(str(tmp_path)), models.load(str(model_folder))
+    merged, base = loading.load(str(tmp_path)), loading.load(str(model_folder))
     assert all(parameter.requires_grad for parameter in merged.parameters())
     moved = {name for name, p in merged.named_parameters() if not torch.equal(p, base.get_parameter(name))}
     assert moved == {name for name, _ in base.named_parameters() if "_proj" in name}
@@ -246,14 +248,14 @@ def test_a_merged_adapter_can_be_trained(model_folder, tmp_path):
 def test_an_adapter_without_the_name_of_its_base(tmp_path, described, said):
     (tmp_path / "adapter_config.json").write_text(json.dumps(described))
     with pytest.raises(utils.BadInput, match=said):
-        models.resolve(str(tmp_path), "model_path")
+        folders.resolve(str(tmp_path), "model_path")
 
 
 def test_what_stands_before_the_names():
-    assert models.prefix_of(["a.b", "c"], ["x.a.b", "x.c", "y.c"]) == "x."
-    assert models.prefix_of(["a.b"], ["base.model.a.b"]) == "base.model."
-    assert models.prefix_of(["a.b"], ["a.c", "b"]) is None
-    assert models.prefix_of([], ["x.a"]) is None
+    assert loadable.prefix_of(["a.b", "c"], ["x.a.b", "x.c", "y.c"]) == "x."
+    assert loadable.prefix_of(["a.b"], ["base.model.a.b"]) == "base.model."
+    assert loadable.prefix_of(["a.b"], ["a.c", "b"]) is None
+    assert loadable.prefix_of([], ["x.a"]) is None
 
 
 @needs_shared
@@ -261,7 +263,7 @@ def test_what_stands_before_the_names():
 def test_the_golden_models_are_whole(name, caplog):
     path = SHARED / "golden" / "models" / name
     with caplog.at_level(logging.WARNING):
-        models.check_loadable(str(path), DDP)
+        loadable.check_loadable(str(path), DDP)
     assert not caplog.records
     plain = AutoModelForCausalLM.from_pretrained(path)
-    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in models.load(str(path)).named_parameters())
+    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in loading.load(str(path)).named_parameters())

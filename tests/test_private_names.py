@@ -19,17 +19,18 @@ from transformers import (
     TrainingArguments,
 )
 
+import architectures
 import dataloader
-import models
+import ranks
 
 PRIVATE = {  # name -> where
-    "_attn_implementation": {"inference", "dataloader"},
+    "_attn_implementation": {"architectures"},
     "_get_num_items_in_batch": {"dataloader"},
     "_n_gpu": {"optimisation"},
-    "_reset_state": {"models"},
-    "_supports_flash_attn": {"models"},
-    "_supports_flex_attn": {"models"},
-    "_supports_sdpa": {"inference", "models"},
+    "_reset_state": {"ranks"},
+    "_supports_flash_attn": {"architectures"},
+    "_supports_flex_attn": {"architectures"},
+    "_supports_sdpa": {"architectures"},
 }
 FILES = [*REPO.glob("*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
 OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
@@ -86,7 +87,8 @@ def test_a_config_says_which_attention_its_model_has(model_folder, attention):
 
 def test_a_model_class_says_which_attentions_it_has():
     marks = {
-        kind: [getattr(kind, mark) for mark in models.SUPPORT.values()] for kind in (LlamaForCausalLM, RwkvForCausalLM)
+        kind: [getattr(kind, mark) for mark in architectures.SUPPORT.values()]
+        for kind in (LlamaForCausalLM, RwkvForCausalLM)
     }
     assert marks == {LlamaForCausalLM: [True, True, True], RwkvForCausalLM: [False, False, False]}
     assert Gemma2ForCausalLM._supports_flash_attn and not Gemma2ForCausalLM._supports_sdpa
@@ -98,9 +100,9 @@ def test_release_forgets_what_accelerate_keeps():
         for precision, steps in (("bf16", 4), ("no", 1)):
             made = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=steps)
             assert (made.mixed_precision, made.gradient_accumulation_steps) == (precision, steps)
-            models.release()
+            ranks.release()
     finally:
-        models.release()
+        ranks.release()
 
 
 def test_the_number_of_cards_can_be_set(tmp_path):

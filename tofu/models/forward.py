@@ -5,11 +5,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import architectures
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-
-import architectures
 from views import Scored, States
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 import provenance
 import ranks
-import utils
+from omegaconf import DictConfig, OmegaConf
 from provenance import CONFIG, FINISHED, VERSIONS
+
+import utils
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ranks
 from omegaconf import DictConfig, OmegaConf
 
-import ranks
 import utils
 
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"

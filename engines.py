@@ -1,0 +1,56 @@
+"""How processes share the work, and the precision they compute in."""
+
+import os
+import socket
+from typing import Any, NamedTuple
+
+import torch
+
+import ranks
+import utils
+from utils import BadInput
+
+
+class Engine(NamedTuple):
+    """How processes share the work, and the precision they compute in."""
+
+    name: str  # ddp, deepspeed or fsdp
+    bf16: bool
+    deepspeed: dict[str, Any] | None = None  # DeepSpeed's own config, "auto" values not filled
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share one model, so that all of them must run every forward together."""
+        return self.name == "fsdp" or (self.deepspeed is not None and self.deepspeed["zero_optimization"]["stage"] == 3)
+
+
+def engine_of(name: str, ds_config: str, precision: str) -> Engine:
+    """What the keys `engine`, `ds_config` and `precision` ask for, made definite.
+
+    `auto` is DeepSpeed where several GPUs share the work, as in the published runs, else DDP; and bf16 on GPUs that
+    have it, else float32.
+
+    Raises:
+        BadInput: `ds_config` is no DeepSpeed config of ZeRO-2 or ZeRO-3.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "deepspeed" if cuda and ranks.world_size() > 1 else "ddp"
+    bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    if name != "deepspeed":
+        return Engine(name, bf16)
+    found = utils.read_json(ds_config, "ds_config")
+    if not isinstance(found, dict) or found.get("zero_optimization", {}).get("stage") not in (2, 3):
+        raise BadInput(f"ds_config={ds_config}: its zero_optimization.stage must be 2 or 3")
+    _stand_alone()
+    return Engine(name, bf16, found)
+
+
+def _stand_alone() -> None:
+    """Tell DeepSpeed, which asks MPI otherwise, that a process without a launcher is alone."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))

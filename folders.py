@@ -1,0 +1,110 @@
+"""What is in a model's folder or hub repository: found, identified, its tokenizer read."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file, extract_commit_hash
+
+import provenance
+import utils
+from utils import BadInput
+
+
+def resolve(path: str, key: str) -> str:
+    """A model's folder or hub id, known to be reachable; of a folder with an adapter, its base too.
+
+    Raises:
+        BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; `key` is the config
+            key to name.
+    """
+    if utils.is_local(path):
+        folder = Path(utils.find(path))
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
+        if is_adapter(str(folder)):
+            base = base_of(str(folder))
+            resolve(base, f"{folder}/adapter_config.json: base_model_name_or_path")
+            if is_adapter(base):
+                raise BadInput(
+                    f"{path} holds an adapter to another adapter, {base}: merge that one into its base first"
+                )
+        return str(folder)
+    if path in utils.SHIPPED:
+        raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in a few minutes")
+    utils.check_hub(path, key, "model", "config.json")
+    return path
+
+
+def identity(path: str, *, random_weights: bool = False) -> str:
+    """A digest of everything in a model's folder that its predictions depend on; of a hub model, its commit.
+
+    Args:
+        path: as `resolve` gave it.
+        random_weights: only the architecture and the tokenizer count.
+    """
+    kind = "random weights of " if random_weights else ""
+    if not Path(path).is_dir():
+        return f"{kind}{path}@{extract_commit_hash(cached_file(path, 'config.json'), None)}"
+    patterns = ["config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json"]
+    patterns += ["vocab*", "merges*"] + (
+        [] if random_weights else ["*.safetensors", "pytorch_model*", "adapter_model*"]
+    )
+    files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run, and a large model has many files
+        digests = pool.map(provenance.file_digest, files)
+        listing = [f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True)]
+    if is_adapter(path):
+        listing.append(identity(base_of(path), random_weights=random_weights))
+    return f"{kind}sha256:{provenance.digest(''.join(listing))}"
+
+
+def is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def base_of(path: str) -> str:
+    """The model that an adapter belongs to.
+
+    Raises:
+        BadInput: the adapter does not say.
+    """
+    file = Path(path) / "adapter_config.json"
+    base = utils.read_json(file, "adapter").get("base_model_name_or_path")
+    if not base:
+        raise BadInput(f"{file} does not say which model the adapter belongs to: set its base_model_name_or_path")
+    return utils.find(base)
+
+
+@contextmanager
+def told(what: str, path: str) -> Iterator[None]:
+    """Make one line of whatever a library raises of files that it can't read: its types differ with their format."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
+        raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why}): {todo}") from None
+
+
+def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `path`, its `eos_token` the one that ends an answer.
+
+    Raises:
+        BadInput: no tokenizer, no fast one (the answer's first token is found by character offsets), or no end token.
+    """
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base_of(path)
+    with told("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.is_fast:
+        raise BadInput(f"the tokenizer of {path} is a slow one: a fast tokenizer (tokenizer.json) is needed")
+    if end_token is not None:
+        if tokenizer.convert_tokens_to_ids(end_token) in (None, tokenizer.unk_token_id):
+            raise BadInput(f"end_token={end_token} is not in the vocabulary of {path}")
+        tokenizer.eos_token = end_token
+    if tokenizer.eos_token_id is None:
+        raise BadInput(f"the tokenizer of {path} has no end token: name one as end_token in model_config.yaml")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""TOFU: finetune, unlearn and evaluate language models; the entry scripts beside this package run it."""

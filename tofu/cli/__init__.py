@@ -1,0 +1,1 @@
+"""Configs, what is refused, and the command line; no torch."""

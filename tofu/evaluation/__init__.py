@@ -1,0 +1,1 @@
+"""From a model to its logs, and from logs to metrics."""

@@ -1,0 +1,1 @@
+"""The objectives, and the methods that have state."""

@@ -1,0 +1,1 @@
+"""Families and architectures, and models loaded, run and saved."""

@@ -1,0 +1,1 @@
+"""From result folders to what a person looks at; never loads a model."""

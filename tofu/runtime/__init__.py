@@ -1,0 +1,1 @@
+"""What a launch and its folders are: ranks, run folders, provenance."""

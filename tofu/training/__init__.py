@@ -1,0 +1,1 @@
+"""What finetune.py and forget.py share."""
