@@ -9,13 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-import checks
-import command_line
-import log_formats
-import logs
-import schema
-import tofu_metrics
 import utils
+from tofu.cli import checks, command_line, schema
+from tofu.evaluation import log_formats, logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-import architectures
-import forward
-import objective
-import saving
 from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
-from objective import Method, Term
+from tofu.methods import objective
+from tofu.methods.objective import Method, Term
+from tofu.models import architectures, forward, saving
+from tofu.models.views import Scored, States
 from utils import BadInput
-from views import Scored, States
 
 log = logging.getLogger(__name__)
 

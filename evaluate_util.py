@@ -9,11 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-import checks
-import command_line
-import families
-import ranks
-import schema
+from tofu.cli import checks, command_line, schema
+from tofu.models import families
+from tofu.runtime import ranks
 
 SEED = 42  # only reinitialize_weights draws anything
 
@@ -24,13 +22,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     cfg = checks.check(cfg, schema.Evaluate)
     from accelerate.utils import set_seed  # here, so that a refused command line does not wait for heavy libraries
 
-    import engines
-    import evaluator
-    import folders
-    import loadable
-    import loading
-    import page
-    import run_folder
+    from tofu.evaluation import evaluator
+    from tofu.models import engines, folders, loadable, loading
+    from tofu.reporting import page
+    from tofu.runtime import run_folder
 
     family = families.family(cfg.model_family)
     path = folders.resolve(*((family.hf_key, "model_family") if cfg.use_pretrained else (cfg.model_path, "model_path")))

@@ -9,11 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-import checks
-import command_line
-import families
-import ranks
-import schema
+from tofu.cli import checks, command_line, schema
+from tofu.models import families
+from tofu.runtime import ranks
 
 
 @command_line.entry("finetune", after=ranks.release)
@@ -21,8 +19,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores."""
     cfg = checks.check(cfg, schema.Finetune)
     import dataloader  # here, so that a refused command line does not wait for the heavy libraries
-    import objective
-    from job import Job
+    from tofu.methods import objective
+    from tofu.training.job import Job
 
     job = Job(cfg, families.family(cfg.model_family).hf_key, "model_family", objective.finetuning())
     job.read()

@@ -9,10 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-import checks
-import command_line
-import ranks
-import schema
+from tofu.cli import checks, command_line, schema
+from tofu.runtime import ranks
 
 
 @command_line.entry("forget", after=ranks.release)
@@ -20,8 +18,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores, which a sweeper may optimise."""
     cfg = checks.check(cfg, schema.Forget)
     import dataloader  # here, so that a refused command line does not wait for the heavy libraries
-    import objective
-    from job import Job
+    from tofu.methods import objective
+    from tofu.training.job import Job
 
     job = Job(cfg, cfg.model_path, "model_path", objective.method_of(cfg.forget_loss))
     job.read()

@@ -31,13 +31,17 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa
 from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
-import evaluator  # noqa: E402
-import families  # noqa: E402
-import folders  # noqa: E402
-import inference  # noqa: E402
-import loading  # noqa: E402
-import row_logs  # noqa: E402
-import sets  # noqa: E402
+from tofu.evaluation import (
+    evaluator,  # noqa: E402
+    inference,  # noqa: E402
+    row_logs,  # noqa: E402
+    sets,  # noqa: E402
+)
+from tofu.models import (
+    families,  # noqa: E402
+    folders,  # noqa: E402
+    loading,  # noqa: E402
+)
 
 SHARED = REPO.parent / "shared"
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"

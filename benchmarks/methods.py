@@ -46,9 +46,9 @@ from protocol import launch, write_model, write_splits  # noqa: E402
 from results import METHODS, tell  # noqa: E402
 
 import data_module  # noqa: E402
-import losses  # noqa: E402
-import provenance  # noqa: E402
 import utils  # noqa: E402
+from tofu.methods import losses  # noqa: E402
+from tofu.runtime import provenance  # noqa: E402
 
 BATCH = 8
 ALTERNATES = 2  # a row

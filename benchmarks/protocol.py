@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import families
+from tofu.models import families
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -134,7 +134,7 @@ def write_model(
     from train_speed import llama
     from transformers import AutoModelForCausalLM
 
-    import folders
+    from tofu.models import folders
 
     tokenizer = folders.load_tokenizer(str(GOLDEN), None)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-import provenance
 import utils
+from tofu.runtime import provenance
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 METHODS = sorted(path.stem for path in (utils.REPO / "config" / "forget_loss").glob("*.yaml"))

@@ -39,12 +39,16 @@ from transformers.utils import logging as library_logging  # noqa: E402
 
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
-import families  # noqa: E402
-import folders  # noqa: E402
-import objective  # noqa: E402
-import ranks  # noqa: E402
-import references  # noqa: E402
-import schema  # noqa: E402
+from tofu.cli import schema  # noqa: E402
+from tofu.methods import (
+    objective,  # noqa: E402
+    references,  # noqa: E402
+)
+from tofu.models import (
+    families,  # noqa: E402
+    folders,  # noqa: E402
+)
+from tofu.runtime import ranks  # noqa: E402
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "toy": (32, 2, 2, 2, 64),

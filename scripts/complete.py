@@ -5,7 +5,7 @@ Prints one line: `complete`, `not complete`, `made with other settings: ...` or 
 
 import sys
 
-import provenance
+from tofu.runtime import provenance
 
 if __name__ == "__main__":
     print(provenance.state(sys.argv[1], sys.argv[2:]))

@@ -23,18 +23,24 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria  # noqa: E402
 
-import command_line  # noqa: E402
 import data_module  # noqa: E402
-import engines  # noqa: E402
-import families  # noqa: E402
-import folders  # noqa: E402
-import inference  # noqa: E402
-import loadable  # noqa: E402
-import loading  # noqa: E402
-import provenance  # noqa: E402
-import ranks  # noqa: E402
-import schema  # noqa: E402
 import utils  # noqa: E402
+from tofu.cli import (
+    command_line,  # noqa: E402
+    schema,  # noqa: E402
+)
+from tofu.evaluation import inference  # noqa: E402
+from tofu.models import (
+    engines,  # noqa: E402
+    families,  # noqa: E402
+    folders,  # noqa: E402
+    loadable,  # noqa: E402
+    loading,  # noqa: E402
+)
+from tofu.runtime import (
+    provenance,  # noqa: E402
+    ranks,  # noqa: E402
+)
 from utils import BadInput  # noqa: E402
 
 log = logging.getLogger("make_alternates")

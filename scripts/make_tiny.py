@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import data_module  # noqa: E402
 import dataloader  # noqa: E402
-import families  # noqa: E402
-import objective  # noqa: E402
+from tofu.methods import objective  # noqa: E402
+from tofu.models import families  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
 SEED, OTHER_AUTHORS, FACT_COPIES = 42, 7, 6

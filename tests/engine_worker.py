@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dataloader  # noqa: E402
-import families  # noqa: E402
-import ranks  # noqa: E402
+from tofu.models import families  # noqa: E402
+from tofu.runtime import ranks  # noqa: E402
 
 
 def watch(trainer_class: type, seen: dict) -> None:

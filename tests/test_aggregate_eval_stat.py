@@ -7,8 +7,8 @@ import math
 import pytest
 
 import aggregate_eval_stat
-import logs
-import tofu_metrics
+from tofu.evaluation import logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
 
 
 def write_log(path, right: float, wrong: list[float], rows: int = 2) -> None:

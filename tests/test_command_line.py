@@ -7,9 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-import checks
-import command_line
-import schema
+from tofu.cli import checks, command_line, schema
 
 
 class TestEntry:

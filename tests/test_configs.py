@@ -6,11 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-import checks
-import command_line
-import families
-import schema
-from schema import CONFIG_DIR
+from tofu.cli import checks, command_line, schema
+from tofu.cli.schema import CONFIG_DIR
+from tofu.models import families
 
 KINDS = {
     "finetune": schema.Finetune,

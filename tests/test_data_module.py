@@ -7,13 +7,10 @@ import pytest
 import torch
 from conftest import MINI, read_table, write_table
 
-import altpo
 import data_module
-import families
-import folders
-import forward
-import loading
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
+from tofu.methods import altpo
+from tofu.models import families, folders, forward, loading
 from utils import BadInput
 
 FAMILY = families.family("tiny")

@@ -12,20 +12,12 @@ from test_inference import ARCHITECTURES, WORDS, make, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import is_torchao_available
 
-import architectures
 import data_module
 import dataloader
-import engines
-import folders
-import forward
-import loadable
-import loading
-import losses
-import objective
-import references
-import rmu
-import run_folder
 import utils
+from tofu.methods import losses, objective, references, rmu
+from tofu.models import architectures, engines, folders, forward, loadable, loading
+from tofu.runtime import run_folder
 
 
 def items():

@@ -14,16 +14,10 @@ from conftest import MINI, REPO, SHARED, needs_shared
 
 import data_module
 import evaluate_util
-import evaluator
-import families
-import folders
-import inference
-import loading
-import logs
-import row_logs
-import sets
-import tofu_metrics
 import utils
+from tofu.evaluation import evaluator, inference, logs, row_logs, sets
+from tofu.evaluation.metrics import tofu as tofu_metrics
+from tofu.models import families, folders, loading
 
 
 def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="forget10", **kwargs) -> dict:

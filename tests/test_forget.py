@@ -15,14 +15,10 @@ from conftest import REPO, read_table
 from test_configs import METHODS
 from transformers import AutoModelForCausalLM
 
-import families
 import forget
-import losses
-import objective
-import pdu
-import provenance
-import rmu
-import task_vector
+from tofu.methods import losses, objective, pdu, rmu, task_vector
+from tofu.models import families
+from tofu.runtime import provenance
 
 STEPS = 4  # of 20 rows in batches of 10, two epochs
 

@@ -13,8 +13,8 @@ from hub_cache import COMMIT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import folders
 import utils
+from tofu.models import folders
 
 MODEL, DATA, TABLES = "owner/llama", "owner/tofu-mini", "owner/prepared"
 TRAIN = ("batch_size=4", "gradient_accumulation_steps=1", "num_epochs=1", "lr=1e-3")

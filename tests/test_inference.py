@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers
 
-import forward
-import inference
-import losses
 from data_module import IGNORE, Sample, collate
+from tofu.evaluation import inference
+from tofu.methods import losses
+from tofu.models import forward
 
 WORDS = 50
 COMMON = {

@@ -6,9 +6,8 @@ import math
 import pytest
 from conftest import MINI, SHARED, needs_shared
 
-import log_formats
-import logs
-import tofu_metrics
+from tofu.evaluation import log_formats, logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
 
 
 def golden(model: str, name: str = "TOFU_EVAL.json") -> dict:

@@ -10,11 +10,9 @@ from conftest import SHARED, needs_shared
 from omegaconf import OmegaConf
 from test_configs import METHODS, checked
 
-import command_line
-import losses
-import objective
-import schema
-from losses import FORGET, RETAIN, Scored, States
+from tofu.cli import command_line, schema
+from tofu.methods import losses, objective
+from tofu.methods.losses import FORGET, RETAIN, Scored, States
 
 EVERY = [*FORGET.values(), *RETAIN.values()]
 NUMBERS = {"beta": 0.1, "scale": None, "margin": 0.5, "c": 2.0, "beta1": 2.0, "beta2": 0.5, "skip": 1}

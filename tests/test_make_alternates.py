@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import REPO, read_table, write_table
 
-import families
+from tofu.models import families
 
 SPEC = importlib.util.spec_from_file_location("make_alternates", REPO / "scripts" / "make_alternates.py")
 make_alternates = importlib.util.module_from_spec(SPEC)

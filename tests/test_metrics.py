@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
-import logs
-import tofu_metrics
+from tofu.evaluation import logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
 
 
 def read(*names: str) -> dict:

@@ -14,12 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_inference import ARCHITECTURES, make
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import engines
-import families
-import folders
-import loadable
-import loading
 import utils
+from tofu.models import engines, families, folders, loadable, loading
 
 DDP = engines.Engine("ddp", False)
 FORMATS = ("safetensors", "sharded", "bin")

@@ -19,9 +19,9 @@ from transformers import (
     TrainingArguments,
 )
 
-import architectures
 import dataloader
-import ranks
+from tofu.models import architectures
+from tofu.runtime import ranks
 
 PRIVATE = {  # name -> where
     "_attn_implementation": {"architectures"},

@@ -3,9 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-import provenance
-import run_folder
 import utils
+from tofu.runtime import provenance, run_folder
 
 CFG = OmegaConf.create({"lr": 1e-5})
 

@@ -4,9 +4,9 @@ import pytest
 from omegaconf import OmegaConf
 from test_configs import checked
 
-import families
-import schema
 import utils
+from tofu.cli import schema
+from tofu.models import families
 from utils import BadInput
 
 EVALUATE = ("eval_everything", "model_path=owner/model")

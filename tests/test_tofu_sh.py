@@ -14,7 +14,7 @@ if script == "complete.py":
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 elif script != "aggregate_eval_stat.py":
-    import provenance
+    from tofu.runtime import provenance
     args = dict(arg.partition("=")[::2] for arg in sys.argv[2:])
     out, read = args["save_dir"], {key: args.get(key) for key in provenance.INPUTS}
     os.makedirs(out, exist_ok=True)

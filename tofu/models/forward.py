@@ -5,11 +5,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import architectures
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from views import Scored, States
+
+from tofu.models import architectures
+from tofu.models.views import Scored, States
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")  # of a model's forward, where a batch has them
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ranks
 from omegaconf import DictConfig, OmegaConf
 
 import utils
+from tofu.runtime import ranks
 
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
 RECORDED = (

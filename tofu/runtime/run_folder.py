@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import provenance
-import ranks
 from omegaconf import DictConfig, OmegaConf
-from provenance import CONFIG, FINISHED, VERSIONS
 
 import utils
+from tofu.runtime import provenance, ranks
+from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)

@@ -10,19 +10,13 @@ from transformers import PreTrainedModel
 
 import data_module
 import dataloader
-import engines
-import evaluator
-import families
-import folders
-import loadable
-import loading
-import objective
-import optimisation
-import page
-import references
-import run_folder
-import saving
-from objective import Method
+from tofu.evaluation import evaluator
+from tofu.methods import objective, references
+from tofu.methods.objective import Method
+from tofu.models import engines, families, folders, loadable, loading, saving
+from tofu.reporting import page
+from tofu.runtime import run_folder
+from tofu.training import optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig
 
-import forward
-import ranks
 import utils
-from objective import Method, contract_of
+from tofu.methods.objective import Method, contract_of
+from tofu.models import forward
+from tofu.runtime import ranks
 from utils import BadInput
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from views import Attended, Scored, States
+from tofu.models.views import Attended, Scored, States
 
 PerToken = Annotated[Tensor, "token"]  # (N,) terms, in the order of the views in the signature
 PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-import ranks
-from engines import Engine
-from folders import base_of, is_adapter
-from loadable import check_filled, check_loadable
+from tofu.models.engines import Engine
+from tofu.models.folders import base_of, is_adapter
+from tofu.models.loadable import check_filled, check_loadable
+from tofu.runtime import ranks
 
 
 def attention_of(family: Any, wanted: str = "auto") -> str | None:

@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 import data_module
-import inference
 from data_module import Tags
-from inference import Tree
+from tofu.evaluation import inference
+from tofu.evaluation.inference import Tree
 from utils import BadInput
 
 log = logging.getLogger(__name__)

@@ -8,21 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forward
-import provenance
-import ranks
-import run_folder
 import torch
 from omegaconf import DictConfig
 
-import folders
-import loading
-import losses
-import objective
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
-from engines import Engine
-from objective import Term
+from tofu.methods import losses, objective
+from tofu.methods.objective import Term
+from tofu.models import folders, forward, loading
+from tofu.models.engines import Engine
+from tofu.runtime import provenance, ranks, run_folder
 
 log = logging.getLogger(__name__)
 

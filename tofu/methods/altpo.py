@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from objective import Method, contract_of
+from tofu.methods.objective import Method, contract_of
 from utils import BadInput
 
 

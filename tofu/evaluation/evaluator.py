@@ -9,18 +9,14 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import inference
-import log_formats
-import logs
-import provenance
-import ranks
-import row_logs
-import tofu_metrics
 import utils
 from data_module import Tags
-from metric import Statistics
-from retain_log import load_retain_log
-from sets import Task, load_sets, prepare, reach
+from tofu.evaluation import inference, log_formats, logs, row_logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
+from tofu.evaluation.metrics.declared import Statistics
+from tofu.evaluation.retain_log import load_retain_log
+from tofu.evaluation.sets import Task, load_sets, prepare, reach
+from tofu.runtime import provenance, ranks
 
 log = logging.getLogger(__name__)
 

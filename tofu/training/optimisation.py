@@ -10,9 +10,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-import ranks
-from engines import Engine
-from schema import STOCHASTIC
+from tofu.cli.schema import STOCHASTIC
+from tofu.models.engines import Engine
+from tofu.runtime import ranks
 from utils import BadInput
 
 # the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import logs
 import utils
-from logs import RIGHT, TASKS, WRONG
-from metric import Statistics
+from tofu.evaluation import logs
+from tofu.evaluation.logs import RIGHT, TASKS, WRONG
+from tofu.evaluation.metrics.declared import Statistics
 from utils import BadInput
 
 log = logging.getLogger(__name__)

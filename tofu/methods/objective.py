@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import losses
 import utils
+from tofu.methods import losses
 from utils import BadInput
 
 

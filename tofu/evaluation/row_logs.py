@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import inference
-import logs
-import ranks
-from inference import TokenScores
-from sets import Task
+from tofu.evaluation import inference, logs
+from tofu.evaluation.inference import TokenScores
+from tofu.evaluation.sets import Task
+from tofu.runtime import ranks
 from utils import BadInput
 
 SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory

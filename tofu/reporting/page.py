@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import logs
-import tofu_metrics
-from metric import Statistics
+from tofu.evaluation import logs
+from tofu.evaluation.metrics import tofu as tofu_metrics
+from tofu.evaluation.metrics.declared import Statistics
 
 SHOWN = 5  # rows of each set from either end
 

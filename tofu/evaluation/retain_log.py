@@ -7,12 +7,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 import data_module
-import log_formats
-import logs
-import provenance
 import utils
 from data_module import Tags
-from sets import EvalSet
+from tofu.evaluation import log_formats, logs
+from tofu.evaluation.sets import EvalSet
+from tofu.runtime import provenance
 from utils import BadInput
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from logs import FORGET, RIGHT, TASKS, WRONG, columns, missing_sets, same_rows
-from metric import Metric, Statistics
+from tofu.evaluation.logs import FORGET, RIGHT, TASKS, WRONG, columns, missing_sets, same_rows
+from tofu.evaluation.metrics.declared import Metric, Statistics
 
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap
 

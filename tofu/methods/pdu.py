@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import utils
-from objective import Method, Term
+from tofu.methods.objective import Method, Term
 from utils import BadInput
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import ranks
 import utils
-from loading import load
+from tofu.models.loading import load
+from tofu.runtime import ranks
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import loading
 import utils
-from objective import Method
+from tofu.methods.objective import Method
+from tofu.models import loading
 from utils import BadInput
 
 

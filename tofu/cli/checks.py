@@ -11,10 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
-import families
-import ranks
 import utils
-from schema import (
+from tofu.cli.schema import (
     ATTENTIONS,
     ENGINES,
     PARALLEL,
@@ -28,6 +26,8 @@ from schema import (
     Forget,
     ForgetLoss,
 )
+from tofu.models import families
+from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line
 
 
@@ -171,8 +171,7 @@ def _check_method(cfg: DictConfig, own: dict[str, Any]) -> None:
     Args:
         own: the keys of `forget_loss` that the schema does not have.
     """
-    import losses
-    import objective
+    from tofu.methods import losses, objective
 
     method = cfg.forget_loss
     del method["by_split"]  # what it led to stands elsewhere

@@ -5,8 +5,8 @@ from typing import Any, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
-import families
 import utils
+from tofu.models import families
 
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "deepspeed", "fsdp")

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
-import provenance
 import utils
+from tofu.runtime import provenance
 from utils import BadInput
 
 

@@ -23,9 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import ranks
-from checks import CHECKS, check, told
-from schema import CONFIG_DIR, Finetune, Forget
+from tofu.cli.checks import CHECKS, check, told
+from tofu.cli.schema import CONFIG_DIR, Finetune, Forget
+from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-import architectures
 from data_module import IGNORE, Sample
+from tofu.models import architectures
 from utils import BadInput
 
 REFILL = 4  # places are given to prompts a quarter of all at a time: a forward each time, but no large one

@@ -11,9 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
-import architectures
-from engines import Engine
-from folders import base_of, is_adapter, told
+from tofu.models import architectures
+from tofu.models.engines import Engine
+from tofu.models.folders import base_of, is_adapter, told
 from utils import BadInput
 
 log = logging.getLogger(__name__)

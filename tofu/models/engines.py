@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import ranks
 import utils
+from tofu.runtime import ranks
 from utils import BadInput
 
 
