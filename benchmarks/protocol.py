@@ -28,7 +28,6 @@ from typing import NamedTuple
 import families
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 # heavy imports are in the functions that need them: a stage must not pay for what its script doesn't use
 
 LARGER = {"8b": (4096, 32, 32, 8, 14336)}  # than train_speed's SIZES: Llama-3.1-8B

@@ -16,23 +16,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria  # noqa: E402
-
-import command_line  # noqa: E402
-import data_module  # noqa: E402
-import families  # noqa: E402
-import inference  # noqa: E402
-import models  # noqa: E402
-import ranks  # noqa: E402
-import schema  # noqa: E402
-import utils  # noqa: E402
-from utils import BadInput  # noqa: E402
+import command_line
+import data_module
+import families
+import inference
+import models
+import ranks
+import schema
+import utils
+from utils import BadInput
 
 log = logging.getLogger("make_alternates")
 

@@ -15,6 +15,7 @@ MINI = REPO / "data" / "mini"
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; it moves no number
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PYTHONPATH"] = str(REPO)  # processes that a test starts import this checkout, whichever is installed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (the real data and the goldens)")

@@ -11,11 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dataloader  # noqa: E402
-import families  # noqa: E402
-import ranks  # noqa: E402
+import dataloader
+import families
+import ranks
 
 
 def watch(trainer_class: type, seen: dict) -> None:
