@@ -10,7 +10,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy.stats import ks_2samp, kstwobign
@@ -196,7 +196,7 @@ def forget_quality(log: Mapping[str, Any], retain: Mapping[str, Any], truth_rati
         ValueError: the two logs hold different rows; or see `columns` and `log_ratio`.
     """
     ours, theirs = _both_log_ratios(log, retain, truth_ratio)
-    test = ks_2samp(ours, theirs)
+    test = cast(Any, ks_2samp(ours, theirs))  # scipy declares no type for its result
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours))
 
 
@@ -342,7 +342,7 @@ def _ks_p(first: np.ndarray, second: np.ndarray) -> float:
 def _ks_table(n: int, steps: int) -> float:
     """The p-value of two samples of n whose distribution functions are steps / n apart at most."""
     ladder = np.arange(n, dtype=float)
-    return float(ks_2samp(ladder, ladder + (steps - 0.5 if steps else 0.0)).pvalue)
+    return float(cast(Any, ks_2samp(ladder, ladder + (steps - 0.5 if steps else 0.0))).pvalue)
 
 
 def leaderboard_row(scores: Mapping[str, Any], method: str, submitted_by: str) -> dict[str, float | str | None]:

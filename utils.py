@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -197,7 +197,7 @@ RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # wh
 def recipe(path: str | None) -> str:
     """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
     while path is not None and (Path(path) / CONFIG).is_file():
-        cfg = OmegaConf.load(Path(path) / CONFIG)
+        cfg = cast(DictConfig, OmegaConf.load(Path(path) / CONFIG))
         if "forget_loss" not in cfg:
             return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
         path = cfg.get("model_path")

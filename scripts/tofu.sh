@@ -45,7 +45,7 @@ run() {
         [ "$script" = evaluate_util.py ] || fail "$save is older than $after, which it was made from; remove it or set RUNS=..."
     fi
     echo "== $script $* save_dir=$save"
-    # shellcheck disable=SC2086 (a launcher is several words)
+    # shellcheck disable=SC2086 # a launcher is several words
     $launch "$here/$script" model_family="$family" "$@" save_dir="$save" $again
 }
 
