@@ -12,6 +12,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 MINI = REPO / "data" / "mini"
+GOLDEN = REPO / "tests" / "golden"  # small files that every clone has; SHARED holds the whole logs and the models
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; it moves no number
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
