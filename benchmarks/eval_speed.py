@@ -20,29 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from results import status, tell
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as library_logging
+
+import data_module
+from tofu.evaluation import evaluator, inference, row_logs, sets
+from tofu.models import families, folders, loading
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from results import status, tell  # noqa: E402
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
-from transformers.utils import logging as library_logging  # noqa: E402
-
-import data_module  # noqa: E402
-from tofu.evaluation import (
-    evaluator,  # noqa: E402
-    inference,  # noqa: E402
-    row_logs,  # noqa: E402
-    sets,  # noqa: E402
-)
-from tofu.models import (
-    families,  # noqa: E402
-    folders,  # noqa: E402
-    loading,  # noqa: E402
-)
-
 SHARED = REPO.parent / "shared"
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"
 SETS = {  # log -> split, right answer in the truth ratio

@@ -38,18 +38,16 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from omegaconf import OmegaConf
+from protocol import launch, write_model, write_splits
+from results import METHODS, tell
+
+import data_module
+import utils
+from tofu.methods import losses
+from tofu.runtime import provenance
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from omegaconf import OmegaConf  # noqa: E402
-from protocol import launch, write_model, write_splits  # noqa: E402
-from results import METHODS, tell  # noqa: E402
-
-import data_module  # noqa: E402
-import utils  # noqa: E402
-from tofu.methods import losses  # noqa: E402
-from tofu.runtime import provenance  # noqa: E402
-
 BATCH = 8
 ALTERNATES = 2  # a row
 SHAPE, INIT = (256, 4, 4, 4, 704), 0.06  # as train_speed.SIZES; the weights' spread, for a model as narrow as this

@@ -25,10 +25,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tofu.models import families
+from tofu.models import families, folders
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 # heavy imports are in the functions that need them: a stage must not pay for what its script doesn't use
 
 LARGER = {"8b": (4096, 32, 32, 8, 14336)}  # than train_speed's SIZES: Llama-3.1-8B
@@ -133,8 +132,6 @@ def write_model(
     from eval_speed import GOLDEN
     from train_speed import llama
     from transformers import AutoModelForCausalLM
-
-    from tofu.models import folders
 
     tokenizer = folders.load_tokenizer(str(GOLDEN), None)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

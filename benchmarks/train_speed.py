@@ -22,33 +22,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import torch
+import torch.nn.functional as F
+from eval_speed import FAMILY, GOLDEN, SHARED
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from results import METHODS, status, tell
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.utils import is_liger_kernel_available
+from transformers.utils import logging as library_logging
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from eval_speed import FAMILY, GOLDEN, SHARED  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-from results import METHODS, status, tell  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments  # noqa: E402
-from transformers.utils import is_liger_kernel_available  # noqa: E402
-from transformers.utils import logging as library_logging  # noqa: E402
-
-import data_module  # noqa: E402
-import dataloader  # noqa: E402
-from tofu.cli import schema  # noqa: E402
-from tofu.methods import (
-    objective,  # noqa: E402
-    references,  # noqa: E402
-)
-from tofu.models import (
-    families,  # noqa: E402
-    folders,  # noqa: E402
-)
-from tofu.runtime import ranks  # noqa: E402
+import data_module
+import dataloader
+from tofu.cli import schema
+from tofu.methods import objective, references
+from tofu.models import families, folders
+from tofu.runtime import ranks
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
     "toy": (32, 2, 2, 2, 64),
@@ -378,6 +367,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=("A", "B", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--epoch-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "liger" in args.beside and not (CUDA and is_liger_kernel_available()):
         parser.error("--beside liger needs a GPU and the liger-kernel package")
     logging.disable(logging.WARNING)

@@ -30,6 +30,6 @@ echo
 $PYTHON scripts/table.py "${rows[@]}"
 echo
 echo "forget quality of KL at its checkpoints (1: like the oracle)"
-for folder in $(ls -d "$RUNS"/forget10_KL/checkpoint-* | sort -t- -k2 -n); do
+find "$RUNS/forget10_KL" -maxdepth 1 -name 'checkpoint-*' | sort -V | while read -r folder; do
     printf '%s\t%s\n' "$(basename "$folder")" "$($PYTHON scripts/table.py --only 'Forget Quality' "$folder")"
 done

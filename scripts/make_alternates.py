@@ -15,33 +15,32 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria  # noqa: E402
-
-import data_module  # noqa: E402
-import utils  # noqa: E402
+import data_module
+import utils
 from tofu.cli import (
-    command_line,  # noqa: E402
-    schema,  # noqa: E402
+    command_line,
+    schema,
 )
-from tofu.evaluation import inference  # noqa: E402
+from tofu.evaluation import inference
 from tofu.models import (
-    engines,  # noqa: E402
-    families,  # noqa: E402
-    folders,  # noqa: E402
-    loadable,  # noqa: E402
-    loading,  # noqa: E402
+    engines,
+    families,
+    folders,
+    loadable,
+    loading,
 )
 from tofu.runtime import (
-    provenance,  # noqa: E402
-    ranks,  # noqa: E402
+    provenance,
+    ranks,
 )
-from utils import BadInput  # noqa: E402
+from utils import BadInput
+
+REPO = Path(__file__).resolve().parents[1]
 
 log = logging.getLogger("make_alternates")
 

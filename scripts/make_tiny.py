@@ -14,16 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
+
+import data_module
+import dataloader
+from tofu.methods import objective
+from tofu.models import families
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed  # noqa: E402
-
-import data_module  # noqa: E402
-import dataloader  # noqa: E402
-from tofu.methods import objective  # noqa: E402
-from tofu.models import families  # noqa: E402
 
 FOLDER = REPO / "data" / "tiny"
 SEED, OTHER_AUTHORS, FACT_COPIES = 42, 7, 6

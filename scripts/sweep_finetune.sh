@@ -9,6 +9,6 @@ set -euo pipefail
 family=$1; shift
 splits=${SPLITS:-full retain90 retain95 retain99} lrs=${LRS:-1e-5 2e-5}
 here=$(cd "$(dirname "$0")/.." && pwd)
-# shellcheck disable=SC2086 (a launcher is several words)
+# shellcheck disable=SC2086 # a launcher is several words
 exec ${LAUNCH:-python} "$here/finetune.py" --config-name="${CONFIG:-finetune}" -m model_family="$family" \
     split="${splits// /,}" lr="${lrs// /,}" "$@"

@@ -9,6 +9,6 @@ set -euo pipefail
 family=$1; shift
 losses=${LOSSES:-grad_ascent grad_diff KL idk} splits=${SPLITS:-forget01 forget05 forget10} lrs=${LRS:-1e-5 2e-5}
 here=$(cd "$(dirname "$0")/.." && pwd)
-# shellcheck disable=SC2086 (a launcher is several words)
+# shellcheck disable=SC2086 # a launcher is several words
 exec ${LAUNCH:-python} "$here/forget.py" --config-name="${CONFIG:-forget}" -m model_family="$family" \
     forget_loss="${losses// /,}" split="${splits// /,}" lr="${lrs// /,}" "$@"

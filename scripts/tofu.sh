@@ -31,7 +31,7 @@ run() {
         "made from another"*) [ "$script" = evaluate_util.py ] || fail "$save was $state than is there now; remove it or set RUNS=..." ;;
     esac
     echo "== $script $* save_dir=$save"
-    # shellcheck disable=SC2086 (a launcher is several words)
+    # shellcheck disable=SC2086 # a launcher is several words
     $launch "$here/$script" model_family="$family" "$@" save_dir="$save" $again
 }
 

@@ -12,9 +12,11 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 MINI = REPO / "data" / "mini"
+GOLDEN = REPO / "tests" / "golden"  # small files that every clone has; SHARED holds the whole logs and the models
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; it moves no number
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["PYTHONPATH"] = str(REPO)  # processes that a test starts import this checkout, whichever is installed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (the real data and the goldens)")

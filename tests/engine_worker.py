@@ -15,11 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dataloader  # noqa: E402
-from tofu.models import families  # noqa: E402
-from tofu.runtime import ranks  # noqa: E402
+import dataloader
+from tofu.models import families
+from tofu.runtime import ranks
 
 
 def watch(trainer_class: type, seen: dict) -> None:

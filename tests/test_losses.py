@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared
+from conftest import GOLDEN
 from omegaconf import OmegaConf
 from test_configs import METHODS, checked
 
@@ -182,10 +182,9 @@ def test_terms_alone(toy):
     assert value(losses.pdu, toy) == pytest.approx(2.682986, abs=1e-6)
 
 
-@needs_shared
-def test_shared_fixtures(toy):
-    """The tensors made here are the shared ones, and every shared number of these objectives comes out."""
-    shared = json.loads((SHARED / "fixtures.json").read_text())
+def test_fixtures(toy):
+    """The tensors made here are those of the file, and every number of it for these objectives comes out."""
+    shared = json.loads((GOLDEN / "fixtures.json").read_text())
     letter = {"forget": "F", "retain": "R", "idk": "I"}
     for name, z in toy["z"].items():
         assert z.tolist() == shared["tensors"][f"Z{letter[name.removeprefix('ref_')]}{'0' * name.startswith('ref_')}"]

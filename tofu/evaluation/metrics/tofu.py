@@ -181,7 +181,7 @@ def forget_quality(log: Mapping[str, Any], retain: Mapping[str, Any], truth_rati
     ours, theirs = _both_log_ratios(log, retain, truth_ratio)
     from scipy.stats import ks_2samp  # scipy takes a second to import
 
-    test = ks_2samp(ours, theirs)
+    test: Any = ks_2samp(ours, theirs)  # scipy declares no type for its result
     return ForgetQuality(float(test.pvalue), float(test.statistic), len(ours))
 
 
@@ -270,7 +270,8 @@ def _ks_table(n: int, steps: int) -> float:
     from scipy.stats import ks_2samp
 
     ladder = np.arange(n, dtype=float)
-    return float(ks_2samp(ladder, ladder + (steps - 0.5 if steps else 0.0)).pvalue)
+    test: Any = ks_2samp(ladder, ladder + (steps - 0.5 if steps else 0.0))
+    return float(test.pvalue)
 
 
 def leaderboard_row(scores: Statistics, method: str, submitted_by: str) -> dict[str, float | str | None]:
