@@ -104,8 +104,7 @@ def load_rows(
 def _offline(name: str) -> str:
     """What `datasets` reads of a hub data set without the hub: its folder in the hub's cache, where whole, or the id.
 
-    Given the id, `datasets` looks only into its own cache, which holds the splits that were loaded before; their files
-    alone are in the hub's cache then.
+    Given the id, `datasets` looks only into its own cache, which holds the splits that were loaded before.
     """
     folder = utils.snapshot(name)
     try:
@@ -309,7 +308,7 @@ class TrainingSet(Dataset):
         Raises:
             BadInput: a row without an answer token within `max_length`.
         """
-        self.seed, self.refusals, self.questions = seed, refusals, forget
+        self.seed, self.refusals = seed, refusals
 
         def encoded(question: str, answer: str) -> Sample:
             return encode(tokenizer, tags, question, answer, max_length)
@@ -326,8 +325,7 @@ class TrainingSet(Dataset):
         if refusals is not None:
             for i in range(len(forget)):
                 self.idk(i, 0)  # a question that leaves no room must be told now, not in the middle of a run
-        cut = sum(sample.cut for samples in self.rows.values() for sample in samples)
-        if cut:
+        if cut := sum(sample.cut for samples in self.rows.values() for sample in samples):
             log.warning("%d training samples were cut at max_length=%d", cut, max_length)
 
     def __len__(self) -> int:
