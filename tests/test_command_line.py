@@ -46,10 +46,12 @@ class TestEntry:
     @pytest.mark.parametrize(
         ("args", "said"),
         [
-            (["lrr=3"], "lrr is no key of forget.yaml (did you mean lr?): there are forget_loss, eval, "),
+            (["lrr=3"], "lrr is no key of forget.yaml (did you mean lr?): there are model_family, LoRA, "),
             (["eval.dssize=3"], "(did you mean eval.ds_size"),
             (["forget_loss=dpoo"], "forget_loss=dpoo is unknown (did you mean dpo?): it may be KL, altpo, "),
             (["forget_loss=dpoo", "--help"], "forget_loss=dpoo is unknown"),
+            (["+experiment=tofu_llama"], "experiment=tofu_llama is unknown (did you mean tofu_llama2?): it may be "),
+            (["--config-name=run"], "--config-name=run is unknown"),
             (["forget_loss.forget_args={beta: 1}"], "forget_loss.forget_args.beta is no key"),
             (["--config-name=forgets.yaml"], "--config-name=forgets is unknown (did you mean forget?): it may be "),
             (["--config-name", "forgets", "--help"], "--config-name=forgets is unknown"),
@@ -125,6 +127,17 @@ class TestEntry:
         code, out, _, jobs = command("forget_loss=dpo", "--help", "--config-name=forget_lora.yaml")
         assert code == 0 and jobs == []
         assert "forget_loss.forget_args.beta=0.1 " in out and "LoRA.r=8 " in out and "config/forget_lora.yaml" in out
+
+    def test_help_lists_the_presets(self, command):
+        code, out, _, _ = command("+experiment=tuned_npo", "--help")
+        line = next(line for line in out.splitlines() if line.strip().startswith("tuned_npo "))
+        assert code == 0 and "NPO as tuned for forget10" in line and "2605.24614" in line
+
+    def test_a_sweep_over_presets(self, command):
+        code, _, _, jobs = command("-m", "+experiment=tuned_npo,tofu_phi", "model_path=o/m")
+        assert code == 0 and [(cfg.forget_loss.name, cfg.model_family) for cfg in jobs[::2]] == [
+            *(("npo_grad_diff", "llama3.2-1b"), ("grad_diff", "phi")),
+        ]
 
     def test_other_ranks_wait_before_they_speak(self, command, monkeypatch):
         monkeypatch.setenv("RANK", "1")

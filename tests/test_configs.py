@@ -1,6 +1,7 @@
 """Every YAML of config/ composes, passes the check and explains itself: a new one is tested by being there."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -22,7 +23,7 @@ NEEDED = {  # what has no default
     + ["save_file=x.csv"],
     "altpo": [f"forget_loss.alternates={__file__}"],
 }
-ENTRIES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem != "model_config")
+ENTRIES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem not in command_line.NO_ENTRIES)
 METHODS = sorted(path.stem for path in (CONFIG_DIR / "forget_loss").glob("*.yaml"))
 
 
@@ -133,3 +134,68 @@ def test_the_benchmarks_have_learning_rates_of_methods_that_exist():
     """The embedded model of every method: README.md sends its users there."""
     tiny, tofu = (set(OmegaConf.load(CONFIG_DIR.parent / "benchmarks" / f"{on}_lrs.yaml")) for on in ("tiny", "tofu"))
     assert tiny <= set(METHODS) and {"grad_ascent", "npo", "simnpo"} < tofu <= tiny - {"altpo"}
+
+
+PRESETS = {  # name -> method, lr, num_epochs, retain_weight, family
+    "tofu_llama2": ("grad_diff", 1e-5, 5, 1, "llama2-7b"),
+    "tofu_phi": ("grad_diff", 2e-5, 5, 1, "phi"),
+    "tuned_altpo": ("altpo", 5e-5, 5, 1, "llama3.2-1b"),
+    "tuned_npo": ("npo_grad_diff", 2e-5, 10, 1, "llama3.2-1b"),
+    "tuned_simnpo": ("simnpo_grad_diff", 5e-5, 10, 1, "llama3.2-1b"),
+    "tuned_idkdpo": ("dpo_grad_diff", 5e-5, 10, 1, "llama3.2-1b"),
+    "tuned_grad_diff": ("grad_diff", 2e-5, 5, 5, "llama3.2-1b"),
+}
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == set(command_line._options(command_line.PRESETS))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset(preset):
+    """The published numbers, at both places where they are recorded; what else the command line says wins."""
+    method, lr, num_epochs, retain_weight, family = PRESETS[preset]
+    args = [f"+experiment={preset}", "model_path=o/m", *NEEDED.get(method, [])]
+    cfg = checked("forget", *args)
+    assert (cfg.forget_loss.name, cfg.model_family, cfg.split) == (method, family, "forget10")
+    assert (cfg.lr, cfg.num_epochs, cfg.forget_loss.retain_weight) == (lr, num_epochs, retain_weight)
+    assert (cfg.forget_loss.lr, cfg.forget_loss.num_epochs) == (lr, num_epochs)
+    if preset == "tuned_simnpo":
+        assert cfg.forget_loss.forget_args == {"beta": 3.5, "margin": 1} and cfg.forget_loss.forget_weight == 0.125
+    if preset.startswith("tofu_"):
+        assert 2 * cfg.batch_size * cfg.gradient_accumulation_steps == 32
+    assert checked("forget", *args, "lr=3e-5", "split=forget05").lr == 3e-5
+    assert checked("forget_lora", *args).LoRA.r == 8
+
+
+COMPOSED = Path(__file__).parent / "data" / "composed.yaml"  # what each command line came to at version 0.1.0
+
+
+def flat(name: str, *overrides: str) -> dict[str, object]:
+    """A composed config as dotted key -> value, interpolations resolved; ??? where a value has to be given."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
+    found: dict[str, object] = {}
+
+    def walk(values: dict, prefix: str) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            elif key != "class":  # of a method with state: how it is found
+                found[prefix + key] = value
+
+    walk(cfg, "")
+    return found
+
+
+@pytest.mark.parametrize("name", OmegaConf.load(COMPOSED))
+def test_a_command_line_composes_what_it_always_did(name):
+    """Each config in full, and each override by what it changes; keys that were added since are no difference."""
+    known = OmegaConf.to_container(OmegaConf.load(COMPOSED))[name]
+    base = flat(name)
+    assert {key: base[key] for key in known["keys"]} == known["keys"]
+    for override, changed in known["overrides"].items():
+        found = flat(name, *override.split())
+        differing = {key: value for key, value in found.items() if key not in base or base[key] != value}
+        assert {key: differing.get(key) for key in changed} == changed, override
+        assert set(differing) - set(changed) <= set(found) - set(known["keys"]), override

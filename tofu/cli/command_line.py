@@ -31,6 +31,8 @@ from utils import BadInput, choice, no_key, one_line, unknown
 log = logging.getLogger(__name__)
 
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
+NO_ENTRIES = ("model_config", "run")  # YAMLs in config/ that no script takes by themselves
+PRESETS = "experiment"  # the folder of config/ whose files set several keys at once
 PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 ALIASES = {  # names that people type elsewhere -> what that code runs
     **{"GradAscent": "grad_ascent", "GradDiff": "grad_diff", "NPO": "npo_grad_diff", "DPO": "dpo_grad_diff"},
@@ -140,6 +142,8 @@ def _theirs(args: list[str]) -> list[str]:
 
 def _check_fits(name: str, default: str, script: str) -> None:
     """Raise BadInput if the config `name` is one of another script's than the one that takes `default`."""
+    if name in NO_ENTRIES:
+        choice("--config-name", name, _options())
     if name == default or name not in _options():
         return
     kind, fits = _kind(default), [option for option in _options() if _kind(option) == _kind(default)]
@@ -265,7 +269,13 @@ def _explain(error: Exception, name: str, args: list[str]) -> str:
 def _options(group: str = "") -> list[str]:
     """The names of the YAMLs in config/, or in one of its folders."""
     names = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-    return [name for name in names if name != "model_config"]
+    return [name for name in names if name not in NO_ENTRIES]
+
+
+def _about(preset: str) -> str:
+    """What a preset is: the first comment of its file that says something."""
+    lines = (CONFIG_DIR / PRESETS / f"{preset}.yaml").read_text(encoding="utf-8").splitlines()
+    return next(line.removeprefix("# ") for line in lines if line.startswith("# ") and "@package" not in line)
 
 
 def _explained(name: str, chosen: dict[str, str] | None = None, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -310,5 +320,8 @@ def _help(name: str, task: Callable, args: list[str]) -> None:
         f"keys of config/{name}.yaml (key=value; -m sweeps over key=a,b):",
     ]
     text += [f"  {f'{key}={default}':<{width}}  {comment}" for key, default, comment in rows]
+    if _kind(name) is Forget:
+        text += ["", f"presets, several keys at once (+{PRESETS}=NAME; what else the command line says wins):"]
+        text += [f"  {preset:<{width}}  {_about(preset)}" for preset in _options(PRESETS)]
     if ranks.rank() == 0:
         sys.stdout.write("\n".join(text) + "\n")
