@@ -71,13 +71,10 @@ def complement(split: str) -> str | None:
     return f"retain{100 - int(match[1]):02d}" if match and match[1] != "00" else None
 
 
-def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:
-    """Ask once, shortly, whether the hub (or its local cache) has `name`, and in it `filename`.
-
-    Raises:
-        BadInput: it has not, or cannot be reached.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def check_place(name: str, key: str) -> None:
+    """Raise BadInput unless `name` is a path that is there or could be a hub id, owner/name. Asks nobody."""
+    if is_local(name):
+        return
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -87,6 +84,17 @@ def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None
         wrong = True
     if wrong:
         raise BadInput(f"{key}={name}: no such folder, and no hub id (owner/name) either")
+
+
+def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None:
+    """Ask once, shortly, whether the hub (or its local cache) has `name`, and in it `filename`.
+
+    Raises:
+        BadInput: it has not, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    check_place(name, key)
     if isinstance(try_to_load_from_cache(name, filename, repo_type=repo_type), str) if filename else _cached(name):
         return
     try:

@@ -63,7 +63,7 @@ def stage(script: str, *args: str) -> None:
     from results import status
 
     about = json.loads(os.environ[ABOUT])
-    family = families._families()[about["family"]]
+    family = families.entries()[about["family"]]
     family.hf_key, family.gradient_checkpointing = about["model"], about["checkpointing"]
     sys.argv = [str(REPO / script), *args]
     try:

@@ -1,25 +1,14 @@
-"""What several tests need: the shared goldens where they are, a tiny random model, tables written for the purpose."""
+"""The fixtures of all tests: a tiny random model, and the two ways to run a script, as a process and in this one."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import environment  # noqa: F401 - first: what it sets is read when the others are imported
 import pytest
-
-REPO = Path(__file__).resolve().parents[1]
-SHARED = REPO.parent / "shared"
-MINI = REPO / "data" / "mini"
-GOLDEN = REPO / "tests" / "golden"  # small files that every clone has; SHARED holds the whole logs and the models
-
-os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; it moves no number
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["PYTHONPATH"] = str(REPO)  # processes that a test starts import this checkout, whichever is installed
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared (the real data and the goldens)")
+from helpers import MINI, REPO
 
 
 @pytest.fixture(scope="session")
@@ -61,22 +50,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_table(folder: Path, **tables: list[dict]) -> Path:
-    """A data folder that `datasets.load_dataset(folder, split)` reads, one split a keyword."""
-    folder.mkdir(parents=True, exist_ok=True)
-    header = ["---", "configs:"]
-    for name, rows in tables.items():
-        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        header += [f"- config_name: {name}", f"  data_files: {name}.json"]
-    (folder / "README.md").write_text("\n".join([*header, "---", ""]))
-    return folder
-
-
-def read_table(split: str, folder: Path = MINI) -> list[dict]:
-    """The rows of one split of a data folder."""
-    return [json.loads(line) for line in (folder / f"{split}.json").read_text().splitlines()]
-
-
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the repository as a user does: `launch("forget.py", "lr=1e-3", processes=2, cwd=folder)`."""
@@ -85,11 +58,9 @@ def launch() -> Callable[..., subprocess.CompletedProcess]:
         start = [sys.executable]
         if processes:
             start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*start, str(REPO / script), *map(str, args)],
             cwd=cwd,
-            env=environment,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -99,3 +70,31 @@ def launch() -> Callable[..., subprocess.CompletedProcess]:
         return done
 
     return run
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Run a script's main in this process, as its command line would be: `run_script("forget.py", "lr=1e-3")`.
+
+    What the script returns comes back; a refusal is SystemExit(2), its line is on stderr.
+    """
+    import importlib
+
+    def run(script: str, *args: object) -> object:
+        monkeypatch.setattr("sys.argv", [script, *map(str, args)])
+        return importlib.import_module(script.removesuffix(".py")).main()
+
+    return run
+
+
+@pytest.fixture
+def evaluated(run_script, monkeypatch, model_folder, tmp_path):
+    """evaluate_util.py as a command line, in this process: evaluated("ds_size=12", save_dir="x") -> the folder."""
+
+    def go(*args: str, save_dir: str = "run"):
+        base = ["model_family=tiny", f"data_path={MINI}", f"model_path={model_folder}", "generation.max_length=80"]
+        monkeypatch.chdir(tmp_path)
+        run_script("evaluate_util.py", *base, f"save_dir={save_dir}", "ds_size=4", *args)
+        return tmp_path / save_dir
+
+    return go

@@ -51,7 +51,7 @@ def refusal(run: Callable[[], None]) -> str:
 def main() -> None:
     """Run every case."""
     seen: dict = {}
-    families._families().tiny.hf_key = sys.argv[2]
+    families.entries().tiny.hf_key = sys.argv[2]
     watch(dataloader.TofuTrainer, seen)
     logits = dataloader.LOGITS
     for case in json.loads(Path(sys.argv[1]).read_text()):

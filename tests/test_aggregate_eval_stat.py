@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-import aggregate_eval_stat
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 
@@ -75,7 +74,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changed", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_told_in_one_line(capsys, monkeypatch, two_logs, changed, said):
+def test_bad_input_is_told_in_one_line(capsys, run_script, monkeypatch, two_logs, changed, said):
     (two_logs / "cut.json").write_text((two_logs / "A" / "log.json").read_text()[:-9])
     (two_logs / "other.json").write_text(json.dumps({"loss": {"0": 1.0}}))
     (two_logs / "list.json").write_text("[1, 2]")
@@ -83,9 +82,8 @@ def test_bad_input_is_told_in_one_line(capsys, monkeypatch, two_logs, changed, s
     write_log(two_logs / "three.json", 1.0, [2.0], rows=3)
     before = {path: path.read_bytes() for path in two_logs.rglob("*") if path.is_file()}
     monkeypatch.chdir(two_logs)
-    monkeypatch.setattr("sys.argv", ["aggregate_eval_stat.py", *ARGS, *changed])
     with pytest.raises(SystemExit, match="2"):
-        aggregate_eval_stat.main()
+        run_script("aggregate_eval_stat.py", *ARGS, *changed)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert line.startswith("error: ")
     assert all(word in line for word in said), line

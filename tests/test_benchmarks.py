@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, needs_shared
+from helpers import REPO, needs_shared
 
 import data_module
 

@@ -1,23 +1,15 @@
 """The real command lines, as a user types them: from another folder, alone and under torchrun, right and wrong."""
 
 import csv
-import importlib
 import json
 import math
 import shutil
 
 import pytest
-from conftest import SHARED, needs_shared
+from helpers import SHARED, error_of, needs_shared
 from transformers import AutoModelForCausalLM
 
 SMALL = ("model_family=tiny", "data_path=data/mini", "engine=ddp")
-
-
-def error_of(done) -> str:
-    """The one line that a refused run says."""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(lines) == 1, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +117,11 @@ def test_help_explains_every_key(launch, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else value[-1].split("=")[0],
 )
-def test_bad_input_is_told_in_one_line(capsys, monkeypatch, tmp_path, script, args, said):
+def test_bad_input_is_told_in_one_line(capsys, run_script, monkeypatch, tmp_path, script, args, said):
     """Within this process; the test of all ranks starts real ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [script, *args])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(script.removesuffix(".py")).main()
+        run_script(script, *args)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and all(word in errors[0] for word in said), errors
     assert list(tmp_path.iterdir()) == []
@@ -162,14 +153,12 @@ def test_bad_input_is_told_in_one_line(capsys, monkeypatch, tmp_path, script, ar
     ],
     ids=lambda value: value.split(" ")[0] if isinstance(value, str) else "",
 )
-def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, said):
+def test_what_a_run_refuses(capsys, model_folder, tmp_path, run_script, monkeypatch, args, said):
     """The same, within this process: what needs data, a tokenizer or a model to be found."""
-    import forget
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["forget.py", *SMALL, f"model_path={model_folder}", "save_dir=run", *args])
     with pytest.raises(SystemExit, match="2"):
-        forget.main()
+        run_script("forget.py", *SMALL, f"model_path={model_folder}", "save_dir=run", *args)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and said in errors[0], errors
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "run" / "finished.json").exists()
@@ -181,14 +170,12 @@ def test_what_a_run_refuses(capsys, model_folder, tmp_path, monkeypatch, args, s
 
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
-def test_in_bf16_a_model_starts_equal_to_its_reference(model_folder, tmp_path, monkeypatch, loss, term, start, lora):
+def test_in_bf16_a_model_starts_equal_to_its_reference(model_folder, tmp_path, run_script, loss, term, start, lora):
     """The first step's learning rate is 0: dpo is 2 / beta ln 2, and KL nothing."""
-    import forget
 
     args = (*SMALL, f"model_path={model_folder}", "split=forget05", f"forget_loss={loss}", "precision=bf16", "lr=1e-3")
     cut = ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "save_model=false", f"LoRA.r={lora}")
-    monkeypatch.setattr("sys.argv", ["forget.py", *args, *cut, "LoRA.dropout=0", f"save_dir={tmp_path}/run"])
-    forget.main()
+    run_script("forget.py", *args, *cut, "LoRA.dropout=0", f"save_dir={tmp_path}/run")
     first, last = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][:4:3]
     assert first[term] == pytest.approx(start, abs=1e-6 if loss == "KL" else 1e-2)
     assert abs(last[term] - start) > 1e-4, "and then it moves away"
@@ -202,9 +189,7 @@ def test_in_bf16_a_model_starts_equal_to_its_reference(model_folder, tmp_path, m
         ("nowhere", ["engine=ddp"], "adapter_config.json: base_model_name_or_path=nowhere: no such folder"),
     ],
 )
-def test_an_adapter_that_cannot_be_loaded(capsys, model_folder, tmp_path, monkeypatch, base, args, said):
-    import forget
-
+def test_an_adapter_that_cannot_be_loaded(capsys, model_folder, tmp_path, run_script, monkeypatch, base, args, said):
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(variable, "")  # what DeepSpeed is told without a launcher goes when the test does
         monkeypatch.delenv(variable)
@@ -212,33 +197,26 @@ def test_an_adapter_that_cannot_be_loaded(capsys, model_folder, tmp_path, monkey
         model_folder, tmp_path / "adapter", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
     )
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base or str(model_folder)}))
-    monkeypatch.setattr(
-        "sys.argv", ["forget.py", *SMALL[:2], f"model_path={adapter}", f"save_dir={tmp_path}/run", *args]
-    )
     with pytest.raises(SystemExit, match="2"):
-        forget.main()
+        run_script("forget.py", *SMALL[:2], f"model_path={adapter}", f"save_dir={tmp_path}/run", *args)
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_some_of_the_four_sets(model_folder, tmp_path, monkeypatch):
+def test_some_of_the_four_sets(model_folder, tmp_path, run_script, monkeypatch):
     """The forget set alone: its scores and forget quality, no utility; a log of other rows is refused beforehand."""
-    import evaluate_util
 
     monkeypatch.chdir(tmp_path)
     only = ("eval_task=[eval_log_forget]", "split_list=[forget05]", "base_answer_key=paraphrased_answer")
     base = ["evaluate_util.py", *SMALL, f"model_path={model_folder}", "generation.max_new_tokens=4", *only]
-    monkeypatch.setattr("sys.argv", [*base, "save_dir=one"])
-    evaluate_util.main()
+    run_script(*base, "save_dir=one")
     log = "retain_result=one/eval_log_aggregated.json"
-    monkeypatch.setattr("sys.argv", [*base, "save_dir=two", log])
-    evaluate_util.main()
+    run_script(*base, "save_dir=two", log)
     scores = json.loads((tmp_path / "two" / "finished.json").read_text())
     assert scores["Forget Quality"] == 1 and "Model Utility" not in scores
     other = [arg.replace("forget05", "forget10") for arg in base]
-    monkeypatch.setattr("sys.argv", [*other, "ds_size=20", "save_dir=three", log])
     with pytest.raises(SystemExit, match="2"):
-        evaluate_util.main()
+        run_script(*other, "ds_size=20", "save_dir=three", log)
     assert not (tmp_path / "three").exists()
 
 

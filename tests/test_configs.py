@@ -4,34 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import ENTRIES, METHODS, NEEDED, checked
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from tofu.cli import checks, command_line, schema
+from tofu.cli import command_line
 from tofu.cli.schema import CONFIG_DIR
 from tofu.models import families
-
-KINDS = {
-    "finetune": schema.Finetune,
-    "forget": schema.Forget,
-    "eval_everything": schema.Evaluate,
-    "aggregate_eval_stat": schema.Aggregate,
-}
-NEEDED = {  # what has no default
-    "eval_everything": ["model_path=owner/model"],
-    "aggregate_eval_stat": [f"{key}=x" for key in ("retain_result", "ckpt_result", "submitted_by", "method_name")]
-    + ["save_file=x.csv"],
-    "altpo": [f"forget_loss.alternates={__file__}"],
-}
-ENTRIES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem not in command_line.NO_ENTRIES)
-METHODS = sorted(path.stem for path in (CONFIG_DIR / "forget_loss").glob("*.yaml"))
-
-
-def checked(name: str, *overrides: str) -> DictConfig:
-    """A config as its script gets it."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(name, list(overrides))
-    return checks.check(cfg, KINDS[name.removesuffix("_lora")])
 
 
 def keys_of(cfg: DictConfig, prefix: str = "") -> set[str]:
@@ -69,7 +48,7 @@ def test_method_composes_checks_and_is_explained(method):
         assert key in explained or key.rpartition(".")[0] in explained, key
 
 
-@pytest.mark.parametrize("name", list(families._families()))
+@pytest.mark.parametrize("name", list(families.entries()))
 def test_family(name):
     found = families.family(name)
     assert found.question_start_tag and found.question_end_tag

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import MINI, read_table, write_table
+from helpers import MINI, read_table, write_table
 
 import data_module
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MINI, REPO, read_table, write_table
-from test_configs import METHODS
+from helpers import METHODS, MINI, REPO, read_table, write_table
 from transformers import AutoModelForCausalLM
 
 # what differs by engine: parts and their counts, references live and kept, frozen layers, a weight that moves; all
@@ -203,13 +202,11 @@ def test_parameters_are_really_sharded(two):
 def test_evaluation_from_disk_equals_the_one_in_memory(two, one):
     """At the last epoch's end, sharded or with adapters, and from the saved model in another process: 1e-5."""
     engine, folder = two
-    import test_evaluate_util
+    from helpers import evaluate
 
     for name in ("watched", "lora"):
         memory = json.loads((folder / name / "checkpoint-6" / "eval_log_aggregated.json").read_text())
-        disk = test_evaluate_util.evaluate(
-            folder / name, MINI, folder / name / "again", ds_size=5, max_length=64, max_new_tokens=8
-        )
+        disk = evaluate(folder / name, MINI, folder / name / "again", ds_size=5, max_length=64, max_new_tokens=8)
         for task, log in memory.items():
             for metric in ("avg_gt_loss", "avg_paraphrased_loss"):
                 assert disk[task][metric] == pytest.approx(log[metric], abs=1e-5), f"{engine} {name} {task}"

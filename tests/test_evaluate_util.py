@@ -10,31 +10,13 @@ import time
 
 import pytest
 import torch
-from conftest import MINI, REPO, SHARED, needs_shared
+from helpers import MINI, REPO, SHARED, evaluate, needs_shared
 
 import data_module
-import evaluate_util
 import utils
-from tofu.evaluation import evaluator, inference, logs, row_logs, sets
+from tofu.evaluation import evaluator, inference, logs, row_logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.models import families, folders, loading
-
-
-def evaluate(path, data_path, folder, *, family="tiny", ds_size=None, split="forget10", **kwargs) -> dict:
-    """Evaluate the model in `path` in this process; the aggregated log."""
-    model_family = families.family(family)
-    tokenizer = folders.load_tokenizer(str(path), None)
-    names = ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", f"{split}_perturbed")
-    tasks = ("eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options", "eval_log_forget")
-    bases = ("paraphrased_answer", "answer", "answer", "paraphrased_answer")
-    room = {"max_length": kwargs.pop("max_length", 200), "max_new_tokens": kwargs.pop("max_new_tokens", None)}
-    prepared = []
-    for name, task, base in zip(names, tasks, bases, strict=True):
-        keys = ("question", "answer", base, "perturbed_answer")
-        rows = data_module.load_rows(str(data_path), name, keys, ds_size)
-        prepared.append(sets.prepare(sets.EvalSet(task, rows, *keys), tokenizer, model_family, **room))
-    evaluator.evaluate(loading.load(str(path)), tokenizer, prepared, folder, **{"batch_size": 30, **kwargs})
-    return json.loads((folder / logs.AGGREGATED).read_text())
 
 
 @needs_shared
@@ -135,48 +117,34 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*log, logs.AGGREGATED, evaluator.REPORT}
 
 
-@pytest.fixture
-def run(monkeypatch, model_folder, tmp_path):
-    """evaluate_util.py as a command line, in this process: run("save_dir=x", ...) -> the folder."""
-
-    def go(*args: str, save_dir: str = "run"):
-        base = ["model_family=tiny", f"data_path={MINI}", f"model_path={model_folder}", "generation.max_length=80"]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["evaluate_util.py", *base, f"save_dir={save_dir}", "ds_size=4", *args])
-        evaluate_util.main()
-        return tmp_path / save_dir
-
-    return go
-
-
 def contents(folder) -> dict[str, bytes]:
     """What an evaluation leaves, but for what says when and how it was called."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("versions.json", "config.yaml")}
 
 
-def test_nothing_is_evaluated_twice(run, monkeypatch, caplog, capsys):
+def test_nothing_is_evaluated_twice(evaluated, monkeypatch, caplog, capsys):
     """overwrite=false: complete sets stay and no model is loaded; what differs is made again, and the log says why."""
-    folder = run()
+    folder = evaluated()
     whole = contents(folder)
     loaded = []
     load = loading.load_frozen
     monkeypatch.setattr(loading, "load_frozen", lambda *args, **kwargs: loaded.append(1) or load(*args, **kwargs))
-    run("overwrite=false", "batch_size=7")
+    evaluated("overwrite=false", "batch_size=7")
     assert not loaded and contents(folder) == whole
     assert capsys.readouterr().out.count("complete, and not evaluated again") == 4
 
     (folder / "eval_log.json").write_text("{}")  # not the file that the fingerprint was made of
     (folder / "eval_log_forget.json").unlink()
     (folder / ".writing.eval_log_forget.json.x1").write_text('{"a')  # what a killed write leaves
-    run("overwrite=false")
+    evaluated("overwrite=false")
     said = capsys.readouterr().out
     assert "eval_log: evaluated, because it has no fingerprint" in said
     assert "eval_log_forget: evaluated, because it is not there" in said
     assert loaded == [1] and contents(folder) == whole
 
-    run("overwrite=false", "generation.max_length=90")
+    evaluated("overwrite=false", "generation.max_length=90")
     assert capsys.readouterr().out.count("evaluated, because it was made with other generation") == 4
-    run("overwrite=false", "generation.max_length=90", "split=forget05")
+    evaluated("overwrite=false", "generation.max_length=90", "split=forget05")
     said = capsys.readouterr().out
     assert (
         "eval_log_forget: evaluated, because it was made with other data" in said
@@ -184,9 +152,9 @@ def test_nothing_is_evaluated_twice(run, monkeypatch, caplog, capsys):
     )
 
 
-def test_an_evaluation_that_stops_goes_on_where_it_was(run, monkeypatch, capsys):
+def test_an_evaluation_that_stops_goes_on_where_it_was(evaluated, monkeypatch, capsys):
     """Stopped in the third set: the first two are not made again; the bytes are the uninterrupted run's."""
-    whole = contents(run(save_dir="whole"))
+    whole = contents(evaluated(save_dir="whole"))
     score, calls = row_logs.score_rows, []
 
     def stops(model, task, sharded):
@@ -197,28 +165,28 @@ def test_an_evaluation_that_stops_goes_on_where_it_was(run, monkeypatch, capsys)
 
     monkeypatch.setattr(row_logs, "score_rows", stops)
     with pytest.raises(KeyboardInterrupt):
-        run(save_dir="cut")
+        evaluated(save_dir="cut")
     monkeypatch.setattr(row_logs, "score_rows", score)
     capsys.readouterr()
-    folder = run("overwrite=false", save_dir="cut")
+    folder = evaluated("overwrite=false", save_dir="cut")
     assert capsys.readouterr().out.count("not evaluated again") == 2
     assert contents(folder) == whole
 
 
-def test_an_evaluation_removes_only_its_own(run, model_folder, tmp_path, capsys):
+def test_an_evaluation_removes_only_its_own(evaluated, model_folder, tmp_path, capsys):
     """A folder with a model, or with anything that no evaluation writes, is refused whatever `overwrite` says."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for folder in (model_folder, "mine"):
         before = {path.name for path in (tmp_path / folder).iterdir()}
         with pytest.raises(SystemExit, match="2"):
-            run(save_dir=str(folder))
+            evaluated(save_dir=str(folder))
         assert "holds something else than an evaluation" in capsys.readouterr().err
         assert {path.name for path in (tmp_path / folder).iterdir()} == before
 
 
-def test_bad_input_leaves_an_earlier_evaluation_alone(run, capsys):
-    whole = contents(run())
+def test_bad_input_leaves_an_earlier_evaluation_alone(evaluated, capsys):
+    whole = contents(evaluated())
     for args, said in (
         (["generation.max_length=5"], "generation.max_length=5 leaves no token of an answer"),
         (["perturbed_answer_key=answer"], "perturbed_answer_key=answer must be a list of wrong answers"),
@@ -227,15 +195,15 @@ def test_bad_input_leaves_an_earlier_evaluation_alone(run, capsys):
         (["save_format=[tofu,muse]"], "save_format=muse is unknown"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            run(*args)
+            evaluated(*args)
         assert said in capsys.readouterr().err
-    assert contents(run("overwrite=false")) == whole
+    assert contents(evaluated("overwrite=false")) == whole
 
 
-def test_paraphrased_questions_and_a_set_of_ones_own(run, capsys):
+def test_paraphrased_questions_and_a_set_of_ones_own(evaluated, capsys):
     """Sets without paraphrases keep their question, and it is said; a fifth set is shown and counts in nothing."""
-    plain = json.loads((run() / logs.AGGREGATED).read_text())
-    folder = run(
+    plain = json.loads((evaluated() / logs.AGGREGATED).read_text())
+    folder = evaluated(
         "question_key=paraphrased_question",
         "split_list=[retain_perturbed,real_authors_perturbed,world_facts_perturbed,forget10_perturbed,holdout01_perturbed]",
         "eval_task=[eval_log,eval_real_author_wo_options,eval_real_world_wo_options,eval_log_forget,eval_log_holdout]",
@@ -254,20 +222,6 @@ def test_paraphrased_questions_and_a_set_of_ones_own(run, capsys):
     assert "## eval_log_holdout: `eval_log_holdout.json`" in (folder / evaluator.REPORT).read_text()
     with pytest.raises(ValueError, match="questions differ"):
         tofu_metrics.forget_quality(log, plain)
-
-
-def test_report_shows_scores_intervals_and_rows(run):
-    """The page has each score with its interval, and of 12 rows the five best and the five worst, with their texts."""
-    retain = run("ds_size=12", save_dir="retain") / logs.AGGREGATED
-    folder = run("ds_size=12", f"retain_result={retain}")
-    text, scores = (folder / evaluator.REPORT).read_text(), json.loads((folder / "finished.json").read_text())
-    assert "| Forget Quality | 1 | 1 to 1 |" in text and "12 rows a side" in text
-    low, high = scores["Confidence Intervals"]["Prob. Retain"]
-    assert f"| Prob. Retain | {scores['Prob. Retain']:.4g} | {low:.4g} to {high:.4g} |" in text
-    assert low < scores["Prob. Retain"] < high
-    section = text.split("## Forget: `eval_log_forget.json`")[1]
-    shown = [line.split(" | ")[0].strip("| ") for line in section.splitlines() if line[:3].strip("| ").isdigit()]
-    assert len(shown) == len(set(shown)) == 10
 
 
 @needs_shared

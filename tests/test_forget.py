@@ -11,11 +11,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import REPO, read_table
-from test_configs import METHODS
+from helpers import METHODS, REPO, read_table
 from transformers import AutoModelForCausalLM
 
-import forget
 from tofu.methods import losses, objective, pdu, rmu, task_vector
 from tofu.models import families
 from tofu.runtime import provenance
@@ -24,14 +22,13 @@ STEPS = 4  # of 20 rows in batches of 10, two epochs
 
 
 @pytest.fixture
-def run(model_folder, tmp_path, monkeypatch):
+def run(model_folder, tmp_path, run_script):
     """forget.py in this process, as its command line would be; its steps' log lines and its saved weights."""
 
     def run(*args, name="run", steps=STEPS):
         common = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}")
         common += ("split=forget05", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "lr=1e-3")
-        monkeypatch.setattr("sys.argv", ["forget.py", *common, *args, f"save_dir={tmp_path / name}"])
-        forget.main()
+        run_script("forget.py", *common, *args, f"save_dir={tmp_path / name}")
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         lines = [line for line in history if "loss" in line]
         assert len(lines) == steps

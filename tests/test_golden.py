@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import GOLDEN, SHARED, needs_shared
+from helpers import GOLDEN, SHARED, needs_shared
 
 
 def part_of(some: Any, whole: Any) -> bool:

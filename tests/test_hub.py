@@ -8,7 +8,7 @@ import sys
 import hub_cache
 import huggingface_hub
 import pytest
-from conftest import MINI, REPO, read_table
+from helpers import MINI, REPO, read_table
 from hub_cache import COMMIT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -127,14 +127,9 @@ def test_a_hub_model_is_known_by_its_commit(ran):
     assert read(ran / "adapted" / "fingerprints.json")["eval_log"]["model"].startswith("sha256:")
 
 
-def test_a_hub_model_scores_as_its_folder_does(ran, model_folder, monkeypatch, tmp_path):
-    import evaluate_util
-
+def test_a_hub_model_scores_as_its_folder_does(ran, model_folder, run_script, tmp_path):
     local = [arg.replace(DATA, "data/mini") for arg in EVALUATE]
-    monkeypatch.setattr(
-        "sys.argv", ["evaluate_util.py", *OURS, f"model_path={model_folder}", *local, f"save_dir={tmp_path}/one"]
-    )
-    evaluate_util.main()
+    run_script("evaluate_util.py", *OURS, f"model_path={model_folder}", *local, f"save_dir={tmp_path}/one")
     name = "eval_log_aggregated.json"
     assert read(ran / "evaluated" / name) == read(tmp_path / "one" / name)
     assert read(ran / "random" / name) != read(tmp_path / "one" / name)

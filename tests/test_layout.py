@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 SCRIPTS = {"finetune", "forget", "evaluate_util", "aggregate_eval_stat"}
 ROOMS = [  # each imports only what stands below it

@@ -9,7 +9,7 @@ import inspect
 
 import accelerate
 import pytest
-from conftest import REPO
+from helpers import REPO
 from transformers import (
     AutoModelForCausalLM,
     Gemma2ForCausalLM,
@@ -32,7 +32,7 @@ PRIVATE = {  # name -> where
     "_supports_flex_attn": {"architectures"},
     "_supports_sdpa": {"architectures"},
 }
-FILES = [*REPO.glob("*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
+FILES = [*REPO.glob("*.py"), *REPO.glob("tofu/**/*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
 OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
 
 

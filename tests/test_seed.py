@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import MINI, REPO
-
-import forget
+from helpers import MINI, REPO
 
 LORA = ("LoRA.r=4", "LoRA.dropout=0.1")
 KINDS = {"full": (), "lora": LORA}
@@ -33,13 +31,12 @@ def bytes_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_process(model_folder, tmp_path, monkeypatch, kind):
+def test_one_process(model_folder, tmp_path, run_script, kind):
     """Whatever was drawn in this process before, the evaluation and the references of a run included."""
     made = {}
     for name, seed, more in (("one", 1, ()), ("two", 1, ()), ("other", 2, ())):
         args = [*command(model_folder, *KINDS[kind], *more, seed=seed), f"save_dir={tmp_path / name}"]
-        monkeypatch.setattr("sys.argv", ["forget.py", *args])
-        forget.main()
+        run_script("forget.py", *args)
         made[name] = bytes_of(tmp_path / name)
     assert made["one"] == made["two"] != made["other"]
 

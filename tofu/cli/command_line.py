@@ -59,19 +59,20 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
         after: called after every job that ended well (a sweep runs several in one process).
 
-    The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank.
+    The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank. `main` returns what
+    the (last) job did.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
-        def main() -> None:
+        def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-            typed = sys.argv
+            typed, result = sys.argv, None
             argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), False
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> Any:
-                nonlocal broken
+                nonlocal broken, result
                 sys.argv = typed  # as versions.json tells it
                 with contextlib.redirect_stderr(stderr):
                     _log()
@@ -115,6 +116,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     sys.argv = typed
                 if ranks.rank() == 0:
                     sys.stderr.write(held.getvalue())
+                return result
 
         return main
 

@@ -48,23 +48,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
 
-    Batches are formed once over all rows and dealt whole to the ranks, so that no bit of the result depends on how many
-    there are. Each set's log is written as soon as it is complete.
+    Batches are formed once over all rows and dealt whole to the ranks: no bit of the result depends on their number.
 
     Args:
         model: unwrapped; put into eval mode for the while. None where `todo` is empty.
         tasks: what `prepare` made of the sets.
-        save_dir: gets TASK.json for each set, `eval_log_aggregated.json`, `eval_report.md`, with all four sets and
-            `retain_log` `aggregate_stat.csv`, and what `save_format` asks for.
+        save_dir: gets each set's log as soon as it is complete, then the other files (see docs/evaluation.md).
         batch_size: most prompts generated at once.
-        truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs hold losses and are the same for both.
+        truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs are the same for both.
         save_format: `openunlearning` also writes TOFU_EVAL.json and TOFU_SUMMARY.json.
-        retain_log: the aggregated log of a model finetuned on the retain set alone; None: no forget quality.
+        retain_log: the retain model's aggregated log; None: no forget quality.
         method_name: the Method column of the statistics.
         page: makes `eval_report.md`.
         fingerprints: task -> what its log is a function of (`fingerprint`); kept beside the logs.
-        todo: the sets to evaluate, the same on all ranks; the other sets' logs are in save_dir already. None for all.
-        sharded: whether the ranks share one model (ZeRO-3, FSDP): then all of them run equally many forwards.
+        todo: the sets to evaluate, the same on all ranks; the others' logs are in save_dir already. None for all.
+        sharded: whether the ranks share one model: then all of them run equally many forwards.
 
     Returns:
         What finished.json holds (`metric.Statistics.record`), on rank 0; {} on the others.
@@ -90,10 +88,7 @@ def evaluate(
             made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     if ranks.rank() > 0:
         return {}
-    statistics = _write(made, folder, retain_log, method_name, truth_ratio, save_format)
-    if page is not None:
-        utils.write_text(folder / REPORT, page(made, statistics, truth_ratio))
-    return statistics.record()
+    return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page).record()
 
 
 def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +129,7 @@ def _write(
     method_name: str,
     truth_ratio: str,
     save_format: Sequence[str],
+    page: Page | None,
 ) -> Statistics:
     """Write the aggregated log and what follows from it."""
     utils.write_json(folder / logs.AGGREGATED, made)
@@ -144,6 +140,8 @@ def _write(
         utils.write_text(
             folder / STATISTICS, tofu_metrics.to_csv([tofu_metrics.leaderboard_row(scores, method_name, "")])
         )
+    if page is not None:
+        utils.write_text(folder / REPORT, page(made, scores, truth_ratio))
     if "openunlearning" in save_format:
         geometric = scores if truth_ratio == "geometric" else tofu_metrics.statistics(made, retain_log)
         contents = log_formats.to_openunlearning(made, geometric, _f1(made))

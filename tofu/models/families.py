@@ -27,7 +27,8 @@ class Family:
 
 
 @functools.lru_cache(maxsize=1)
-def _families() -> DictConfig:
+def entries() -> DictConfig:
+    """The file's entries by family, as they are written."""
     return OmegaConf.load(CONFIG)
 
 
@@ -37,9 +38,9 @@ def family(name: str) -> Family:
     Raises:
         BadInput: no such entry, or one with a missing or unknown key.
     """
-    choice("model_family", name, _families())
+    choice("model_family", name, entries())
     try:
-        found = OmegaConf.merge(OmegaConf.structured(Family), _families()[name])
+        found = OmegaConf.merge(OmegaConf.structured(Family), entries()[name])
         if missing := sorted(OmegaConf.missing_keys(found)):
             raise BadInput(f"config/model_config.yaml: {name} has no {missing[0]}")
         found = OmegaConf.to_object(found)

@@ -4,7 +4,7 @@ import importlib.util
 
 import datasets
 import pytest
-from conftest import MINI, REPO, read_table
+from helpers import MINI, REPO, read_table
 
 
 def script(name):

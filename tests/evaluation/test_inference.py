@@ -3,56 +3,17 @@
 import pytest
 import torch
 import transformers
+from helpers import ARCHITECTURES, WORDS, make, rows
 
 from data_module import IGNORE, Sample, collate
 from tofu.evaluation import inference
 from tofu.methods import losses
 from tofu.models import forward
 
-WORDS = 50
-COMMON = {
-    **{"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "max_position_embeddings": 256, "initializer_range": 0.3},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-}
-GROUPED = {**COMMON, "num_key_value_heads": 2}
-ARCHITECTURES = {
-    "Llama": GROUPED,
-    "Phi": COMMON,
-    "GPTNeoX": COMMON,
-    "StableLm": GROUPED,
-    "Mistral": {**GROUPED, "sliding_window": 128},
-    "Qwen2": GROUPED,
-    "Qwen3": {**GROUPED, "head_dim": 8},
-    "Gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 128},
-    "Phi3": GROUPED,
-}
-
-
-def make(name: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
-
 
 @pytest.fixture(params=list(ARCHITECTURES))
 def model(request):
     return make(request.param)
-
-
-def rows(seed: int = 0) -> list[list[Sample]]:
-    """Questions of several lengths with answers that begin alike, one twice, one that is another's beginning."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def words(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, WORDS, (n,), generator=draw).tolist())
-
-    found = []
-    for length in (3, 9, 5):
-        question, start = words(length), words(4)
-        answers = [start + words(3), start + words(6), start, words(2), start]
-        found.append([Sample(question + a, (IGNORE,) * (length - 1) + a + (2,), False) for a in answers])
-    return found
 
 
 def test_tree_holds_what_is_shared_once():

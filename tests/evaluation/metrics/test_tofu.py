@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, SHARED, needs_shared
+from helpers import GOLDEN, SHARED, needs_shared
 
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import tofu as tofu_metrics

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers import GOLDEN, METHODS, checked
 from omegaconf import OmegaConf
-from test_configs import METHODS, checked
 
 from tofu.cli import command_line, schema
 from tofu.methods import losses, objective

@@ -1,8 +1,8 @@
 """What check() refuses and how it says so, which keys follow which, and the command line around a script."""
 
 import pytest
+from helpers import checked
 from omegaconf import OmegaConf
-from test_configs import checked
 
 import utils
 from tofu.cli import schema
@@ -212,8 +212,8 @@ def test_a_home_folder_is_found_in_where_to_save(monkeypatch, tmp_path):
 
 
 def test_families_are_typed(monkeypatch):
-    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**families._families()["phi"], "tag": 1}})
-    monkeypatch.setattr(families, "_families", lambda: broken)
+    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**families.entries()["phi"], "tag": 1}})
+    monkeypatch.setattr(families, "entries", lambda: broken)
     with pytest.raises(BadInput, match="a has no answer_tag"):
         families.family("a")
     with pytest.raises(BadInput, match="b: Key 'tag' not in 'Family'"):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, read_table, write_table
+from helpers import REPO, read_table, write_table
 
 from tofu.models import families
 
@@ -125,8 +125,8 @@ def test_bad_options_are_refused(run, capsys, options, told):
 def test_greedy_is_the_likeliest_token_again_and_again(run, model_folder):
     found = lines(run("a", "--greedy"))
     family = families.family("tiny")
-    model = make_alternates.models.load(str(model_folder))
-    tokenizer = make_alternates.models.load_tokenizer(str(model_folder), None)
+    model = make_alternates.loading.load(str(model_folder))
+    tokenizer = make_alternates.folders.load_tokenizer(str(model_folder), None)
     assert len(found) == len(ROWS)
     for one in found[:2]:
         ids = tokenizer(make_alternates.prompt(family, one["question"], one["answer"]))["input_ids"]

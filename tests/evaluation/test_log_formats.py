@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, MINI, SHARED, needs_shared
+from helpers import GOLDEN, MINI, SHARED, needs_shared
 
 from tofu.evaluation import log_formats, logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
@@ -149,7 +149,7 @@ def test_a_row_without_its_loss_is_told(tmp_path):
 
 def test_what_we_write_is_read_back(model_folder, tmp_path):
     """An evaluation with save_format=openunlearning, all rows: its two files hold the scores of its own logs."""
-    from test_evaluate_util import evaluate
+    from helpers import evaluate
 
     log = evaluate(model_folder, MINI, tmp_path, ds_size=8, max_length=80, save_format=("tofu", "openunlearning"))
     raw = json.loads((tmp_path / "TOFU_EVAL.json").read_text())

@@ -1,17 +1,15 @@
 """What a model's folder must hold: weights that leave a tensor to chance are refused before a run has a folder."""
 
 import copy
-import importlib
 import json
 import logging
 import shutil
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared
+from helpers import ARCHITECTURES, SHARED, make, needs_shared
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_inference import ARCHITECTURES, make
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import utils
@@ -165,37 +163,31 @@ def test_weights_that_cannot_be_read(model_folder, tmp_path, content):
     ],
 )
 def test_every_script_refuses_them_before_it_makes_a_folder(
-    broken, script, args, capsys, tmp_path, monkeypatch, model_folder
+    broken, script, args, capsys, tmp_path, run_script, monkeypatch, model_folder
 ):
 
     folder, adapter = broken(FAULTS["compiled"][0]), tmp_path / "adapter"
     adapted(model_folder, adapter)
     described = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(folder)}))
-    known = copy.deepcopy(families._families())
+    known = copy.deepcopy(families.entries())
     known.tiny.hf_key = str(folder)
-    monkeypatch.setattr(families, "_families", lambda: known)
-    monkeypatch.setattr(
-        "sys.argv",
-        [f"{script}.py", "model_family=tiny", "data_path=data/mini", "engine=ddp", f"save_dir={tmp_path}/run"]
-        + [arg.format(folder=folder, adapter=adapter) for arg in args],
-    )
+    monkeypatch.setattr(families, "entries", lambda: known)
+    common = ["model_family=tiny", "data_path=data/mini", "engine=ddp", f"save_dir={tmp_path}/run"]
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(script).main()
+        run_script(f"{script}.py", *common, *(arg.format(folder=folder, adapter=adapter) for arg in args))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "the prefix _orig_mod., torch.compile's, stands before the names" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_random_weights_need_none(broken, tmp_path, monkeypatch):
-    import evaluate_util
+def test_random_weights_need_none(broken, tmp_path, run_script):
 
     folder = broken(FAULTS["layer"][0])
     args = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={folder}", "ds_size=2")
     only = ("eval_task=[eval_log_forget]", "split_list=[forget05]", "generation.max_new_tokens=2")
     rest = ("base_answer_key=paraphrased_answer", "reinitialize_weights=true", f"save_dir={tmp_path}/run")
-    monkeypatch.setattr("sys.argv", ["evaluate_util.py", *args, *only, *rest])
-    evaluate_util.main()
+    run_script("evaluate_util.py", *args, *only, *rest)
     assert (tmp_path / "run" / "finished.json").is_file()
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from helpers import REPO
 
 SLURM = """#!/usr/bin/env bash
 case $(basename "$0") in
