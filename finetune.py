@@ -11,14 +11,15 @@ from omegaconf import DictConfig
 
 from tofu.cli import checks, command_line, schema
 from tofu.models import families
-from tofu.runtime import ranks
+from tofu.runtime import libraries, ranks
 
 
 @command_line.entry("finetune", after=ranks.release)
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores."""
     cfg = checks.check(cfg, schema.Finetune)
-    import dataloader  # here, so that a refused command line does not wait for the heavy libraries
+    libraries.load_trainer()  # here, so that a refused command line does not wait for the heavy libraries
+    import dataloader
     from tofu.methods import objective
     from tofu.training.job import Job
 

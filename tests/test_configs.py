@@ -144,7 +144,8 @@ def test_preset(preset):
     if preset.startswith("tofu_"):
         assert 2 * cfg.batch_size * cfg.gradient_accumulation_steps == 32
     assert checked("forget", *args, "lr=3e-5", "split=forget05").lr == 3e-5
-    assert checked("forget_lora", *args).LoRA.r == 8
+    adapters = checked("forget_lora", *args)
+    assert (adapters.LoRA.r, adapters.lr, adapters.num_epochs) == (8, lr, num_epochs)
 
 
 COMPOSED = Path(__file__).parent / "data" / "composed.yaml"  # what each command line came to at version 0.1.0
