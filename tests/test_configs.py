@@ -91,24 +91,6 @@ def test_deepspeed_config_leaves_to_the_trainer_what_our_keys_say():
     assert not {"optimizer", "scheduler", "fp16"} & set(config)
 
 
-def test_the_methods_page_repeats_the_configs():
-    """docs/methods.md's table: every method, its own lr and epochs, and its value on the worked example."""
-    from test_losses import NAMED
-
-    rows = {}
-    for line in (CONFIG_DIR.parent / "docs" / "methods.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 6 and cells[0].startswith("[`"):
-            rows[cells[0].split("`")[1]] = cells
-    assert set(rows) == set(METHODS), "a method needs its row in docs/methods.md"
-    for name, cells in rows.items():
-        method = checked("forget", f"forget_loss={name}", "split=forget10", *NEEDED.get(name, [])).forget_loss
-        lr, epochs = cells[4].split(", ")
-        assert (float(lr), int(epochs)) == (method.lr, method.num_epochs), name
-        value = next(number for (its, *more), number in NAMED.items() if its == name and len(more) <= 1)
-        assert name == "task_vector" or float(cells[5]) == pytest.approx(value, abs=1e-6), name
-
-
 def test_the_benchmarks_have_learning_rates_of_methods_that_exist():
     """The embedded model of every method: README.md sends its users there."""
     tiny, tofu = (set(OmegaConf.load(CONFIG_DIR.parent / "benchmarks" / f"{on}_lrs.yaml")) for on in ("tiny", "tofu"))

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import GOLDEN, METHODS, checked
+from helpers import GOLDEN, METHODS, NEEDED, checked
 from omegaconf import OmegaConf
 
 from tofu.cli import command_line, schema
+from tofu.cli.schema import CONFIG_DIR
 from tofu.methods import losses, objective
 from tofu.methods.losses import FORGET, RETAIN, Scored, States
 
@@ -442,3 +443,19 @@ def test_contract_refuses():
     ):
         with pytest.raises(TypeError, match=why):
             losses.contract(loss)
+
+
+def test_the_methods_page_repeats_the_configs():
+    """docs/methods.md's table: every method, its own lr and epochs, and its value on the worked example."""
+    rows = {}
+    for line in (CONFIG_DIR.parent / "docs" / "methods.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 6 and cells[0].startswith("[`"):
+            rows[cells[0].split("`")[1]] = cells
+    assert set(rows) == set(METHODS), "a method needs its row in docs/methods.md"
+    for name, cells in rows.items():
+        method = checked("forget", f"forget_loss={name}", "split=forget10", *NEEDED.get(name, [])).forget_loss
+        lr, epochs = cells[4].split(", ")
+        assert (float(lr), int(epochs)) == (method.lr, method.num_epochs), name
+        value = next(number for (its, *more), number in NAMED.items() if its == name and len(more) <= 1)
+        assert name == "task_vector" or float(cells[5]) == pytest.approx(value, abs=1e-6), name

@@ -276,8 +276,7 @@ def greedy(
         prompts: token ids of each, one at least.
         budgets: the most new tokens of each, one at least.
         ends: ids of the tokens that end an answer.
-        known: of each prompt, texts that its answer may follow, the likeliest first: they change the time, and no
-            token but where two are equally likely to rounding.
+        known: of each prompt, drafts of its answer, the likeliest first; they change the time, and no likelier token.
         before_forward: called before every forward (see `Together`).
 
     Returns:
