@@ -96,7 +96,7 @@ def load_rows(
             table = datasets.load_dataset(path, split, split="train", **cache)
         for name, other in instead.items():
             if name in columns and name not in table.column_names and other in table.column_names:
-                log.info("%s, %s: there is no %s, so %s stands for it", data_path, split, name, other)
+                log.info("%s, %s: there is no %s, so %s is taken instead", data_path, split, name, other)
                 table = table.add_column(name, table[other])
         return _rows(table, data_path, split, columns, first)
 

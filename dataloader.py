@@ -64,9 +64,9 @@ class TofuTrainer(Trainer):
 
         Args:
             method: the objective's terms, and what the method does besides; `prepare` has run.
-            reference: the frozen starting model, placed and sharded like `model`; None where no term needs one live,
+            reference: the frozen reference model, placed and sharded like `model`; None where no term needs one live,
                 or where it is `model` with its adapters off.
-            logps: the starting model's sequence log-probabilities, where a term needs them: `reference_logps`.
+            logps: the reference model's sequence log-probabilities, where a term needs them: `reference_logps`.
             packing: samples end to end in rows, instead of each padded to the longest of its batch.
             gradient_norms: log the norm of each weighted term's gradient, of the last step of each line.
         """
@@ -274,7 +274,7 @@ class TofuTrainer(Trainer):
     def _reference_views(
         self, model: torch.nn.Module, inputs: dict[str, Any], headless: bool
     ) -> dict[str, Scored | Tensor]:
-        """`ref_*` by name: the starting model's sequence log-probabilities (B,), or its view of the same positions."""
+        """`ref_*` by name: the reference model's sequence log-probabilities (B,), or its view of the same positions."""
         refs = {name: kind for term in self.terms for name, kind in term.contract.refs.items()}
         known = {name: inputs[name].float() for name, kind in refs.items() if kind == "logp"}
         if len(known) == len(refs):

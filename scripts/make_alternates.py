@@ -146,7 +146,7 @@ class Writer:
         )
 
     def __call__(self, prompts: list[str], places: list[tuple[int, int]], attempt: int) -> list[str]:
-        """An alternate a prompt, for (row, number) of `places`: a function of the seed, these two and the attempt."""
+        """One alternate per prompt, for (row, number) of `places`: a function of seed, place and attempt."""
         ids = [data_module.tokenised(self.tokenizer, text)[0] for text in prompts]
         width, device = max(map(len, ids)), self.model.device
         read = torch.tensor([[self.ends[0]] * (width - len(one)) + one for one in ids], device=device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """One line a run, from the scores that its evaluation left; or one number."""
+    """One line per run, from the scores that its evaluation left; or one number."""
     if sys.argv[1] == "--only":
         column, folder = sys.argv[2:]
         with (Path(folder) / "aggregate_stat.csv").open(newline="") as file:

@@ -61,7 +61,7 @@ ARCHITECTURES = {
 
 
 def write_table(folder: Path, **tables: list[dict]) -> Path:
-    """A data folder that `datasets.load_dataset(folder, split)` reads, one split a keyword."""
+    """A data folder that `datasets.load_dataset(folder, split)` reads, one split per keyword."""
     folder.mkdir(parents=True, exist_ok=True)
     header = ["---", "configs:"]
     for name, rows in tables.items():

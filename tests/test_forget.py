@@ -4,14 +4,11 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import subprocess
-import sys
 from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import METHODS, REPO, read_table
+from helpers import METHODS, read_table
 from transformers import AutoModelForCausalLM
 
 from tofu.methods import losses, objective, pdu, rmu, task_vector
@@ -261,30 +258,3 @@ def test_every_method(run, model_folder, alternates, method, lora):
     assert moved(saved, weights(model_folder))
     padded, _ = run(*args, "packing=false", name="padded", steps=steps)
     assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in padded], rel=1e-4, abs=1e-5)
-
-
-def test_readme_shows_how_to_add_a_method(tmp_path, model_folder):
-    """The README's example, put where it says, runs as it says: a function, a YAML, nothing else."""
-    section = (REPO / "README.md").read_text().split("## Add a method")[1].split("\n## ")[0]
-    function, config, command = (block.split("\n", 1)[1] for block in section.split("```")[1::2])
-    copy = tmp_path / "tofu"
-    copy.mkdir()
-    for path in REPO.glob("*.py"):
-        shutil.copy(path, copy)
-    for folder in ("config", "data"):
-        shutil.copytree(REPO / folder, copy / folder)
-    text = (copy / "losses.py").read_text()
-    assert text.count("def _losses()") == 1  # above which the README says it goes
-    (copy / "losses.py").write_text(text.replace("def _losses()", f"{function}\n\ndef _losses()"))
-    name = next(line.split(":")[1].split()[0] for line in config.splitlines() if line.startswith("name:"))
-    (copy / "config" / "forget_loss" / f"{name}.yaml").write_text(config)
-    args = [*command.split("forget.py", 1)[1].split(), f"model_path={model_folder}", f"save_dir={tmp_path}/run"]
-    done = subprocess.run(
-        [sys.executable, str(copy / "forget.py"), *args],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "finished.json").read_text())["train_loss"]

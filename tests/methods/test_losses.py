@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from tofu.methods import losses, objective
 from tofu.methods.losses import FORGET, RETAIN, Scored, States
 
 EVERY = [*FORGET.values(), *RETAIN.values()]
-NUMBERS = {"beta": 0.1, "scale": None, "margin": 0.5, "c": 2.0, "beta1": 2.0, "beta2": 0.5, "skip": 1}
+NUMBERS = defaultdict(lambda: 1.0)  # of hyper-parameters: a new one is tried with 1
+NUMBERS |= {"beta": 0.1, "scale": None, "margin": 0.5, "c": 2.0, "beta1": 2.0, "beta2": 0.5, "skip": 1}
 STATES = [loss for loss in EVERY if losses.contract(loss).states]
 
 

@@ -35,7 +35,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
 
 
 def test_a_run_that_replaces_another_uses_its_log_probabilities(model_folder, tmp_path, run_script, monkeypatch):
-    """The second run loads no starting model and has the same losses; another precision makes them anew."""
+    """The second run loads no reference model and has the same losses; another precision makes them anew."""
 
     args = ("model_family=tiny", "data_path=data/mini", "engine=ddp", f"model_path={model_folder}", "split=forget05")
     args += ("forget_loss=dpo", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2", "lr=1e-3")

@@ -85,7 +85,7 @@ class Generation:
 
 @dataclass
 class Evaluate:
-    """The lists hold one entry a set; a string stands for a list of equal ones, so their type here is Any."""
+    """The lists hold one entry per set; a string means a list of equal ones, so their type here is Any."""
 
     model_family: str = MISSING
     model_path: str | None = None

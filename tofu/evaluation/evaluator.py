@@ -162,7 +162,7 @@ def _f1(made: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 class Evaluator:
-    """`evaluate` with all but the model bound, from a checked `schema.Evaluate`; bad input is told when it is made."""
+    """`evaluate` with all but the model bound, from a checked `schema.Evaluate`; it refuses bad input."""
 
     def __init__(
         self,

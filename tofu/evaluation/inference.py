@@ -1,7 +1,7 @@
 """The two forwards of an evaluation: scoring answers that share a question, and greedy generation. Pure token ids.
 
 Both give a model their own 4-D attention masks, so that what a row's question and answers have in common is read once,
-and a finished answer's place goes to the next prompt. `ready` makes any family of attention models take such masks.
+and a finished answer's slot goes to the next prompt. `ready` makes any family of attention models take such masks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,10 +18,10 @@ from data_module import IGNORE, Sample
 from tofu.models import architectures
 from utils import BadInput
 
-REFILL = 4  # places are given to prompts a quarter of all at a time: a forward each time, but no large one
+REFILL = 4  # slots are given to prompts a quarter of all at a time: one forward each time, but no large one
 PIECE = 64  # nodes whose whole distributions are looked at together
-WIDEST = 8  # tokens of a place in one step: its last and guesses at what follows
-GUESSING = 0.4  # a step is as wide as this share of its places can fill with guesses
+WIDEST = 8  # tokens of a slot in one step: its last one and draft tokens
+DRAFTED = 0.4  # a step is as wide as this share of its slots can fill with draft tokens
 
 
 @contextmanager
@@ -77,7 +77,7 @@ class Tree(NamedTuple):
 
 
 def tree(samples: Sequence[Sample]) -> Tree:
-    """The prefix tree of some samples, one path a sample."""
+    """The prefix tree of some samples, one path per sample."""
     built = Tree([], [], [], [], [], [])
     known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
     edges: dict[tuple[int, int], int] = {}  # (node, target) -> edge
@@ -167,13 +167,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-class _Places:
+class _Slots:
     """Which rows of the cache the next forward writes, and where; all layers look here."""
 
     def __init__(self, count: int, room: int) -> None:
         self.count, self.room = count, room
-        self.first = 0  # a prefill's prompts go to the places from here on
-        self.positions: Tensor | None = None  # (n, w) a step's tokens of place i go there; None in a prefill
+        self.first = 0  # a prefill's prompts go to the slots from here on
+        self.positions: Tensor | None = None  # (n, w) a step's tokens of slot i go there; None in a prefill
         self.length = 0  # positions that a step looks at
 
     def layer(self) -> "_Layer":
@@ -183,15 +183,15 @@ class _Places:
 class _Layer(DynamicLayer):
     """One layer's keys and values, written in place into room that is allocated once."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, slots: _Slots) -> None:
         super().__init__()
-        self.places = places
+        self.slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate room for all places."""
+        """Allocate room for all slots."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_zeros(self.places.count, states.shape[1], self.places.room, states.shape[3])
+            states.new_zeros(self.slots.count, states.shape[1], self.slots.room, states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -200,22 +200,22 @@ class _Layer(DynamicLayer):
         """Write the new states; return what the queries may attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        places, n = self.places, len(key_states)
-        if places.positions is None:
+        slots, n = self.slots, len(key_states)
+        if slots.positions is None:
             for kept, new in ((self.keys, key_states), (self.values, value_states)):
-                kept[places.first : places.first + n, :, : new.shape[2]] = new
+                kept[slots.first : slots.first + n, :, : new.shape[2]] = new
             return key_states, value_states
         rows = torch.arange(n, device=self.device)[:, None]
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[rows, :, places.positions] = new.transpose(1, 2)
-        return self.keys[:n, :, : places.length], self.values[:n, :, : places.length]
+            kept[rows, :, slots.positions] = new.transpose(1, 2)
+        return self.keys[:n, :, : slots.length], self.values[:n, :, : slots.length]
 
     def get_seq_length(self) -> int:
         """Tokens seen; models ask only to number positions, which they are given."""
-        return self.places.length if self.is_initialized else 0
+        return self.slots.length if self.is_initialized else 0
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy places to others."""
+        """Copy slots to others."""
         for kept in (self.keys, self.values):
             kept[target, :, :length] = kept[source, :, :length]
 
@@ -227,11 +227,11 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys([tokenizer.eos_token_id, *named]))
 
 
-class _Guess:
-    """Guesses how a text goes on: as the text that it last agreed with, or that last had the same two tokens before.
+class _Drafts:
+    """Drafts how a text goes on: as the text that it last agreed with, or that last had the same two tokens before.
 
     A model that has learned an answer writes it word for word, and one that has lost its way repeats itself: so most
-    tokens can be guessed, and a guess costs little where the model reads it together with the token before.
+    tokens can be drafted, and a draft costs little where the model reads it together with the token before.
     """
 
     def __init__(self, prompt: Sequence[int], known: Sequence[Sequence[int]]) -> None:
@@ -268,8 +268,8 @@ def greedy(
 ) -> list[list[int]]:
     """The most likely next token, again and again, up to an end token or the prompt's own budget.
 
-    At most `at_once` prompts are in work. One that ends makes room: its place goes to a waiting prompt, or away. A step
-    reads each place's last token and guesses at those that follow; it keeps a guess where it is what the model writes.
+    At most `at_once` prompts are in work. One that ends makes room: its slot goes to a waiting prompt, or away. A step
+    reads each slot's last token and drafts at those that follow; it keeps a draft where it is what the model writes.
 
     Args:
         model: `ready`.
@@ -284,34 +284,34 @@ def greedy(
     """
     device = model.device
     limits = [len(p) + b for p, b in zip(prompts, budgets, strict=True)]
-    places = _Places(min(at_once, len(prompts)), max(limits) + WIDEST)
-    cache = Cache(layer_class_to_replicate=places.layer)
-    waiting, active = list(range(len(prompts)))[::-1], []  # active: the prompt in each place
-    texts = [_Guess(p, k) for p, k in zip(prompts, known or [[]] * len(prompts), strict=True)]
-    refill = -(-places.count // REFILL)
+    slots = _Slots(min(at_once, len(prompts)), max(limits) + WIDEST)
+    cache = Cache(layer_class_to_replicate=slots.layer)
+    waiting, active = list(range(len(prompts)))[::-1], []  # active: the prompt in each slot
+    texts = [_Drafts(p, k) for p, k in zip(prompts, known or [[]] * len(prompts), strict=True)]
+    refill = -(-slots.count // REFILL)
 
     while waiting or active:
         before_forward()
-        free = places.count - len(active)
+        free = slots.count - len(active)
         if waiting and (not active or free >= min(len(waiting), refill)):
             new = [waiting.pop() for _ in range(min(free, len(waiting), refill))]
-            places.first, places.positions = len(active), None
+            slots.first, slots.positions = len(active), None
             read, found = [[]] * len(new), _read(model, cache, [prompts[i] for i in new], device)
             first = len(active)
             active += new
         else:
-            read = _guesses([texts[i] for i in active])
-            found = _step(model, cache, places, [texts[i].text for i in active], read, max(limits), device)
+            read = _draft_tokens([texts[i] for i in active])
+            found = _step(model, cache, slots, [texts[i].text for i in active], read, max(limits), device)
             first = 0
         over = set()
-        for place, (guesses, tokens) in enumerate(zip(read, found, strict=True), first):
-            text, limit = texts[active[place]], limits[active[place]]
-            for token, guess in zip(tokens, [*guesses, None], strict=False):
+        for slot, (drafts, tokens) in enumerate(zip(read, found, strict=True), first):
+            text, limit = texts[active[slot]], limits[active[slot]]
+            for token, draft in zip(tokens, [*drafts, None], strict=False):
                 text.append(token)
                 if token in ends or len(text.text) >= limit:
-                    over.add(place)
+                    over.add(slot)
                     break
-                if token != guess:
+                if token != draft:
                     break
         if over:
             active = _close_up(cache, active, over, max(len(texts[i].text) for i in active), device)
@@ -320,7 +320,7 @@ def greedy(
 
 
 def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.device) -> list[list[int]]:
-    """Read new prompts into their places; the first token that each is answered with, in a list of its own."""
+    """Read new prompts into their slots; the first token that each is answered with, in a list of its own."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     at = torch.arange(width, device=device)
@@ -335,34 +335,34 @@ def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.devic
     return logits.argmax(-1)[:, None].tolist()
 
 
-def _guesses(texts: list[_Guess]) -> list[Sequence[int]]:
-    """What each place guesses; as many at most as a share of all places can guess, since a step is one rectangle."""
-    guesses = [text.next(WIDEST - 1) for text in texts]
-    lengths = sorted((len(guess) for guess in guesses), reverse=True)
-    width = lengths[int(GUESSING * len(lengths))]
-    return [guess[:width] for guess in guesses]
+def _draft_tokens(texts: list[_Drafts]) -> list[Sequence[int]]:
+    """What each slot drafts; as many at most as a share of all slots can draft, since a step is one rectangle."""
+    drafts = [text.next(WIDEST - 1) for text in texts]
+    lengths = sorted((len(draft) for draft in drafts), reverse=True)
+    width = lengths[int(DRAFTED * len(lengths))]
+    return [draft[:width] for draft in drafts]
 
 
 def _step(
     model,
     cache: Cache,
-    places: _Places,
+    slots: _Slots,
     texts: list[list[int]],
-    guesses: list[Sequence[int]],
+    drafts: list[Sequence[int]],
     limit: int,
     device: torch.device,
 ) -> list[list[int]]:
-    """The next token after each place's text, and after each of its guesses; no text is longer than `limit`."""
-    width = 1 + max(map(len, guesses))
+    """The next token after each slot's text, and after each of its drafts; no text is longer than `limit`."""
+    width = 1 + max(map(len, drafts))
     last = torch.tensor([len(text) - 1 for text in texts], device=device)
-    places.positions = last[:, None] + torch.arange(width, device=device)
-    places.length = max(map(len, texts)) + width - 1
-    visible = torch.arange(places.length, device=device) <= places.positions[:, :, None]
-    ids = [[text[-1], *guess, *[0] * (width - 1 - len(guess))] for text, guess in zip(texts, guesses, strict=True)]
-    logits = model(  # what is written of a wrong guess is written over before anything can see it
+    slots.positions = last[:, None] + torch.arange(width, device=device)
+    slots.length = max(map(len, texts)) + width - 1
+    visible = torch.arange(slots.length, device=device) <= slots.positions[:, :, None]
+    ids = [[text[-1], *draft, *[0] * (width - 1 - len(draft))] for text, draft in zip(texts, drafts, strict=True)]
+    logits = model(  # what is written of a wrong draft is written over before anything can see it
         input_ids=torch.tensor(ids, device=device),
         attention_mask=_additive(visible[:, None], model.dtype),
-        position_ids=places.positions.clamp(max=limit - 1),  # a guess beyond is nobody's, and perhaps not the model's
+        position_ids=slots.positions.clamp(max=limit - 1),  # a draft beyond is nobody's, and perhaps not the model's
         past_key_values=cache,
         use_cache=True,
     ).logits
@@ -370,10 +370,10 @@ def _step(
 
 
 def _close_up(cache: Cache, active: list[int], over: set[int], length: int, device: torch.device) -> list[int]:
-    """Move the last places into those that became free, so that the active ones stay the first."""
+    """Move the last slots into those that became free, so that the active ones stay the first."""
     left = len(active) - len(over)
-    source = [place for place in range(left, len(active)) if place not in over]
-    target = [place for place in sorted(over) if place < left]
+    source = [slot for slot in range(left, len(active)) if slot not in over]
+    target = [slot for slot in sorted(over) if slot < left]
     for layer in cache.layers if source else ():
         layer.move(torch.tensor(source, device=device), torch.tensor(target, device=device), length)
     for old, new in zip(source, target, strict=True):

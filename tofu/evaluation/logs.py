@@ -57,7 +57,7 @@ def rows(log: Mapping[str, Any], task: str, metric: str) -> dict[str, Any]:
 
 
 def columns(log: Mapping[str, Any], task: str, *names: str) -> dict[str, list[np.ndarray]]:
-    """Metrics of one set in row order: () a row, or (answers,) a row for those of the perturbed answers.
+    """Metrics of one set in row order: () per row, or (answers,) per row for those of the perturbed answers.
 
     Raises:
         ValueError: see `rows`; or a value that is no finite number; or metrics of different rows.

@@ -1,7 +1,7 @@
-"""The objectives: pure functions from named views of a batch to terms, one a token or one a sequence.
+"""The objectives: pure functions from named views of a batch to terms, one per token or one per sequence.
 
 What a function needs is its signature. Positional names are parts of the batch (`forget`, `idk`, `retain`), references
-to the frozen starting model (`ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored` its own view
+to the frozen reference model (`ref_forget: Tensor` is its sequence log-probabilities, `ref_retain: Scored` its own view
 of the same positions), and tensors that the method supplies (`control: Tensor`, rmu's vector). Keyword-only names are
 hyper-parameters; their numbers live in config/forget_loss/ (`skip`: no term for so many tokens at each answer's
 start). The return annotation says what the terms are, and the objective is their mean over the global batch.
@@ -107,7 +107,7 @@ def later(sample: Tensor, skip: int) -> Tensor:
 
 
 def grad_ascent(forget: Scored) -> PerToken:
-    """Ascend the likelihood loss of the forget answers: -nll a token, unbounded below.
+    """Ascend the likelihood loss of the forget answers: -nll per token, unbounded below.
 
     Source: Jang et al. 2022, arXiv 2210.01504; as TOFU's baseline Maini et al. 2024, arXiv 2401.06121. A mean over
     tokens as in TOFU's code (NPO's paper writes a sum over the sequence).
@@ -125,19 +125,19 @@ def idk(idk: Scored, retain: Scored) -> PerToken:
 
 
 def idk_nll(idk: Scored) -> PerToken:
-    """Learn a refusal to the forget questions: nll a token. With retain `nll` the formula of TOFU's paper."""
+    """Learn a refusal to the forget questions: nll per token. With retain `nll` the formula of TOFU's paper."""
     return token_nll(idk)
 
 
 def dpo(
     forget: Scored, idk: Scored, ref_forget: Tensor, ref_idk: Tensor, *, beta: float, scale: float | None
 ) -> PerSequence:
-    """Prefer a refusal to the true answer, measured against the starting model.
+    """Prefer a refusal to the true answer, measured against the reference model.
 
         loss_b = -scale * log sigmoid(beta * ((logp_idk - ref_idk) - (logp_forget - ref_forget)))
 
     Args:
-        ref_forget, ref_idk: (B,) the starting model's sequence log-probabilities, nats.
+        ref_forget, ref_idk: (B,) the reference model's sequence log-probabilities, nats.
         beta: inverse temperature, > 0.
         scale: factor in front; None for 2 / beta, as the unlearning codes have it; 1 in the DPO paper.
 
@@ -151,12 +151,12 @@ def dpo(
 
 
 def npo(forget: Scored, ref_forget: Tensor, *, beta: float) -> PerSequence:
-    """Negative preference optimisation: push answers below the starting model, with a pull that fades as they fall.
+    """Negative preference optimisation: push answers below the reference model, with a pull that fades as they fall.
 
         loss_b = -(2 / beta) * log sigmoid(-beta * (logp_b - ref_b))
 
     Args:
-        ref_forget: (B,) the starting model's sequence log-probabilities, nats.
+        ref_forget: (B,) the reference model's sequence log-probabilities, nats.
         beta: inverse temperature, > 0; as it tends to 0 the gradient tends to that of the mean of `logp_b`.
 
     Returns:
@@ -173,8 +173,8 @@ def simnpo(forget: Scored, *, beta: float, margin: float) -> PerSequence:
         loss_b = -(2 / beta) * log sigmoid(-beta * (logp_b / n_b + margin))
 
     Args:
-        beta: sharpness, > 0, a nat^-1.
-        margin: nats a token, inside beta as in the authors' code (`delta` in OpenUnlearning); the paper's gamma is
+        beta: sharpness, > 0, in nat^-1.
+        margin: nats per token, inside beta as in the authors' code (`delta` in OpenUnlearning); the paper's gamma is
             beta * margin.
 
     Source: Fan et al. 2024, arXiv 2410.07163; n_b counts the end token.
@@ -198,7 +198,7 @@ def rmu(forget: States, control: Tensor, *, c: float) -> PerSequence:
 
 
 def undial(forget: Scored, ref_forget: Scored, *, beta: float) -> PerToken:
-    """Learn the starting model's own distribution, the true token's logit lowered by `beta`: soft cross entropy.
+    """Learn the reference model's own distribution, the true token's logit lowered by `beta`: soft cross entropy.
 
     Returns:
         (N,) nats; least where both agree, at the target's entropy.
@@ -261,7 +261,7 @@ def ceu(forget: Scored, *, skip: int) -> PerToken:
 
 
 def pdu(forget: Scored) -> PerToken:
-    """Flatten the logits: (max - mean over the vocabulary)^2 a token. Its retain term is a constraint (`epsilon`).
+    """Flatten the logits: (max - mean over the vocabulary)^2 per token. Its retain term is a constraint (`epsilon`).
 
     Source: Entesari et al. 2025, arXiv 2506.05314; at the positions that predict the answer.
     """
@@ -269,7 +269,7 @@ def pdu(forget: Scored) -> PerToken:
 
 
 def max_entropy(forget: Scored) -> PerToken:
-    """Towards the uniform distribution: KL(uniform, p) a token, nats.
+    """Towards the uniform distribution: KL(uniform, p) per token, nats.
 
     Source: Yuan et al. 2024 (ME+GD), arXiv 2410.08109, as their code has the direction.
     """
@@ -278,23 +278,23 @@ def max_entropy(forget: Scored) -> PerToken:
 
 
 def max_entropy_reverse(forget: Scored) -> PerToken:
-    """`max_entropy` in the other direction: KL(p, uniform) a token, nats; log V minus the entropy."""
+    """`max_entropy` in the other direction: KL(p, uniform) per token, nats; log V minus the entropy."""
     logp = F.log_softmax(forget.logits, -1)
     return math.log(logp.shape[-1]) + (logp.exp() * logp).sum(-1)
 
 
 def learn(forget: Scored) -> PerToken:
-    """Finetune on the forget answers: nll a token. What a task vector is made of (Ilharco et al., arXiv 2212.04089)."""
+    """Finetune on the forget answers, nll per token: what a task vector is made of. Source: arXiv 2212.04089."""
     return token_nll(forget)
 
 
 def nll(retain: Scored) -> PerToken:
-    """Cross entropy of the retain answers, one term a token. Source: TOFU's "gradient difference", arXiv 2401.06121."""
+    """Cross entropy of the retain answers, nll per token. Source: TOFU's "gradient difference", arXiv 2401.06121."""
     return token_nll(retain)
 
 
 def kl(retain: Attended, ref_retain: Attended) -> PerToken:
-    """Stay near the starting model on every token of the retain samples: KL(reference, current) a position, >= 0 nats.
+    """Stay near the reference model on all tokens of the retain samples: KL(reference, current) per position, nats.
 
     Source: Maini et al. 2024, arXiv 2401.06121, prompt tokens included, padding not (TOFU's code averages over it too).
     """
@@ -307,7 +307,7 @@ def kl_completion(retain: Scored, ref_retain: Scored) -> PerToken:
 
 
 def embed_diff(retain: States, ref_retain: States) -> PerSequence:
-    """Stay near the starting model's hidden states of the retain answers: mean over tokens of mean_d (h - h_ref)^2.
+    """Stay near the reference model's hidden states of the retain answers: mean over tokens of mean_d (h - h_ref)^2.
 
     Source: Li et al. 2024 (WMDP), arXiv 2403.03218, with `rmu`'s reductions.
     """
@@ -324,8 +324,22 @@ def _forward_kl(current: Scored, reference: Scored) -> Tensor:
 FORGET = {
     loss.__name__: loss
     for loss in (
-        *(grad_ascent, idk, idk_nll, dpo, npo, simnpo, rmu, undial, wga, tnpo, satimp, ceu, pdu),
-        *(max_entropy, max_entropy_reverse, learn),
+        grad_ascent,
+        idk,
+        idk_nll,
+        dpo,
+        npo,
+        simnpo,
+        rmu,
+        undial,
+        wga,
+        tnpo,
+        satimp,
+        ceu,
+        pdu,
+        max_entropy,
+        max_entropy_reverse,
+        learn,
     )
 }
 RETAIN = {loss.__name__: loss for loss in (nll, kl, kl_completion, embed_diff)}

@@ -1,4 +1,4 @@
-"""What a run compares with: the starting model beside it, or log-probabilities, computed once and kept with the run."""
+"""What a run compares with: the reference model beside it, or its log-probabilities, computed once and kept."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def compared(data: TrainingSet, terms: Sequence[Term], num_epochs: int) -> list[Sample]:
-    """Every sequence whose log-probability under the starting model a run needs, shortest first.
+    """Every sequence whose log-probability under the reference model a run needs, shortest first.
 
     Which refusal a row gets in which epoch follows from the seed, so all of them are known beforehand.
     """
@@ -36,10 +36,10 @@ def compared(data: TrainingSet, terms: Sequence[Term], num_epochs: int) -> list[
 def reference_logps(
     model: torch.nn.Module, samples: Sequence[Sample], batch_size: int, sharded: bool
 ) -> dict[Sample, float]:
-    """The starting model's log-probability of every sequence that a run compares with it, so that it can go.
+    """The reference model's log-probability of every sequence that a run compares with it, so that it can go.
 
     Args:
-        model: the starting model, frozen and in place.
+        model: the reference model, frozen and in place.
         samples: `compared`.
         batch_size: sequences in one forward.
         sharded: whether the ranks share one model.
@@ -60,7 +60,7 @@ def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **s
     """What reference log-probabilities are a function of.
 
     Args:
-        model: the identity of the starting model (`folders.identity`).
+        model: the identity of the reference model (`folders.identity`).
         settings: how it is loaded: type of the weights, four bits, attention.
     """
     digest = provenance.digest(json.dumps(samples))
@@ -97,10 +97,10 @@ def starting_logps(
     batch_size: int,
     sharded: bool,
 ) -> dict[Sample, float]:
-    """The starting model's log-probabilities of what a run compares with it: the folder's, or computed into it.
+    """The reference model's log-probabilities of what a run compares with it: the folder's, or computed into it.
 
     Args:
-        load: gives the starting model; it is called, and kept for the while, only where it is needed.
+        load: gives the reference model; it is called, and kept for the while, only where it is needed.
     """
     logps = read_logps(out, samples, made_from)
     if logps is None:
@@ -124,7 +124,7 @@ def of_run(
     terms: Sequence[Term],
     trained_in: torch.dtype,
 ) -> dict[str, Any]:
-    """What the Trainer is given of the starting model.
+    """What the Trainer is given of the reference model.
 
     Args:
         trained_in: the type of the trained model's weights.

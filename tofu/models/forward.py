@@ -35,7 +35,7 @@ def score(
             are asked for (in GPT-NeoX and StableLM they are).
 
     Returns:
-        One view a part, logits and states in float32 whatever the model computes in.
+        One view per part, logits and states in float32 whatever the model computes in.
     """
     number = {name: k for k, name in enumerate(batch["parts"]) if only is None or name in only}
     wanted = torch.isin(batch["part"], torch.tensor(list(number.values()), device=batch["part"].device))
@@ -131,7 +131,7 @@ def headed(model: torch.nn.Module, view: Scored, bf16: bool) -> Scored:
 
 @contextmanager
 def adapter_off(model: torch.nn.Module) -> Iterator[None]:
-    """The starting model of a LoRA run: the same network, its adapters switched off, dropout too."""
+    """The reference model of a LoRA run: the same network, its adapters switched off, dropout too."""
     peft = next(module for module in model.modules() if isinstance(module, PeftModel))
     training, trained = model.training, [parameter.requires_grad for parameter in model.parameters()]
     model.eval()

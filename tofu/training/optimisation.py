@@ -103,9 +103,9 @@ LOADERS = 2  # processes that make a GPU's batches
 
 
 def stochastic(optim: str, args: TrainingArguments) -> dict[str, Any]:
-    """What the Trainer is given for `optim=adamw_8bit_stochastic`: 6 bytes a weight in all, and no update is lost.
+    """What the Trainer is given for `optim=adamw_8bit_stochastic`: 6 bytes per weight in all, and no update is lost.
 
-    AdamW with states in 8 bits over bf16 weights, whose updates are rounded up or down by chance, in proportion: at
+    AdamW with states in 8 bits over bf16 weights, whose updates are rounded stochastically: at
     lr 1e-5 rounding to the nearest leaves 84 % of the weights where they are. Torchao's.
     """
     if optim != STOCHASTIC:
