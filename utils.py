@@ -98,7 +98,8 @@ def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None
     if isinstance(try_to_load_from_cache(name, filename, repo_type=repo_type), str) if filename else _cached(name):
         return
     try:
-        files = HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS).siblings or []
+        found: Any = HfApi().repo_info(name, repo_type=repo_type, timeout=PROBE_SECONDS)
+        files = found.siblings or []
     except Exception as error:  # whatever the transport raises, the answer to the user is the same line
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise BadInput(

@@ -16,7 +16,7 @@ if [ ! -f "$RUNS/retain90_seed43/finished.json" ]; then
         save_dir="$RUNS/retain90_seed43" overwrite_dir=true
 fi
 for model in retain90 retain90_seed43; do  # a model's own log is there only once it has been evaluated
-    compared=("$RUNS/$model/eval_compared" model_family=tiny data_path=$DATA model_path="$RUNS/$model" split=forget10)
+    compared=("$RUNS/$model/eval_compared" model_family=tiny data_path="$DATA" model_path="$RUNS/$model" split=forget10)
     compared+=(retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json")
     if [ "$($PYTHON scripts/complete.py "${compared[@]}")" != complete ]; then
         $PYTHON evaluate_util.py "${compared[@]:1}" save_dir="${compared[0]}"

@@ -55,7 +55,7 @@ class Method:
 
     def __init__(self, terms: Sequence[Term], **own: Any) -> None:
         self.terms = list(terms)
-        self.keys = self.Keys(**own)
+        self.keys: Any = self.Keys(**own)
         self.start = ""
         self.steps_per_epoch = self.num_epochs = 1
         self.block: int | None = None
@@ -81,7 +81,7 @@ class Method:
         """
         return forget, None
 
-    def prepare(self, model: torch.nn.Module, out: Path, seed: int) -> None:
+    def prepare(self, model: Any, out: Path, seed: int) -> None:
         """Change the model that will train, just loaded and not yet wrapped by an engine; `out` is the run's folder."""
 
     def term_weight(self, term: Term, progress: float) -> float:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import utils
 from tofu.methods.objective import Method, Term
 from utils import BadInput
@@ -48,7 +46,7 @@ class Pdu(Method):
         utils.at_least(cfg, 0, "forget_loss.eta", above=True)
         utils.at_least(cfg, 0, "forget_loss.epsilon", "forget_loss.dual_warmup_epochs")
 
-    def prepare(self, model: torch.nn.Module, out: Path, seed: int) -> None:
+    def prepare(self, model: Any, out: Path, seed: int) -> None:
         """Warn where the dual variable will never move."""
         if self.num_epochs <= self.keys.dual_warmup_epochs:
             log.warning("forget_loss.dual_warmup_epochs: the dual variable stays as it is in all of num_epochs")

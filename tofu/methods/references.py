@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from transformers import PreTrainedModel
 
 import utils
 from data_module import Sample, Slot, TrainingSet, collate
@@ -34,7 +35,7 @@ def compared(data: TrainingSet, terms: Sequence[Term], num_epochs: int) -> list[
 
 @torch.no_grad()
 def reference_logps(
-    model: torch.nn.Module, samples: Sequence[Sample], batch_size: int, sharded: bool
+    model: PreTrainedModel, samples: Sequence[Sample], batch_size: int, sharded: bool
 ) -> dict[Sample, float]:
     """The reference model's log-probability of every sequence that a run compares with it, so that it can go.
 
@@ -47,11 +48,12 @@ def reference_logps(
     Returns:
         Sample -> nats, on every rank.
     """
-    batches = [samples[k : k + batch_size] for k in range(0, len(samples), batch_size)]
+    batches = [list(samples[k : k + batch_size]) for k in range(0, len(samples), batch_size)]
     found = {}
     for batch in ranks.share(batches, "reference log-probabilities", sharded):
         inputs = ranks.to_device(collate({"forget": batch}), model.device)
-        logps = losses.sequence_logp(forward.score(model, inputs)["forget"])
+        view: Any = forward.score(model, inputs)["forget"]
+        logps = losses.sequence_logp(view)
         found.update(zip(batch, logps.tolist(), strict=True))
     return ranks.merge(found)
 
@@ -93,7 +95,7 @@ def starting_logps(
     out: Path,
     samples: list[Sample],
     made_from: dict[str, Any],
-    load: Callable[[], torch.nn.Module],
+    load: Callable[[], Any],
     batch_size: int,
     sharded: bool,
 ) -> dict[Sample, float]:

@@ -52,7 +52,7 @@ class Rmu(Method):
         if method.depth > 1:
             raise BadInput(f"forget_loss.depth={method.depth}: it is a share of the blocks, at most 1")
 
-    def prepare(self, model: torch.nn.Module, out: Path, seed: int) -> None:
+    def prepare(self, model: Any, out: Path, seed: int) -> None:
         """Freeze all but the method's layers, and draw the control vector and keep it."""
         config = model.config.get_text_config()
         self.block = block_at(config, self.keys.depth)
@@ -88,7 +88,8 @@ def train_only(model: torch.nn.Module, block: int, count: int) -> None:
     """
     adapted = isinstance(model, PeftModel)
     trained = set()
-    for one in forward.blocks_of(model)[max(0, block + 1 - count) : block + 1]:
+    blocks: Any = forward.blocks_of(model)
+    for one in blocks[max(0, block + 1 - count) : block + 1]:
         linear = [module for module in one.mlp.modules() if hasattr(module, "out_features")]
         outer = [module for module in linear if not adapted or hasattr(module, "lora_A")]
         trained |= {id(parameter) for parameter in outer[-1].parameters() if parameter.requires_grad}

@@ -52,7 +52,8 @@ def fingerprint(**parts: Any) -> dict[str, Any]:
 
 def differing(made: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> list[str]:
     """The parts of `asked` that `made` has not, or has otherwise; all of them where there is no `made`."""
-    return [name for name in asked if name not in (made or {}) or made[name] != asked[name]]
+    known = made or {}
+    return [name for name in asked if name not in known or known[name] != asked[name]]
 
 
 def inputs(named: Mapping[str, str | None]) -> dict[str, str]:
@@ -72,7 +73,7 @@ def inputs(named: Mapping[str, str | None]) -> dict[str, str]:
 
 def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
     """What differs between two command lines, key=value each; one text for each setting, with both values."""
-    then, now = (dict(arg.partition("=")[::2] for arg in args) for args in (made, asked))
+    then, now = ({key: value for key, _, value in (arg.partition("=") for arg in args)} for args in (made, asked))
     pairs = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in {**then, **now} if key not in NOT_SETTINGS}
     return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
 
@@ -119,7 +120,7 @@ RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # wh
 def recipe(path: str | None) -> str:
     """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
     while path is not None and (Path(path) / CONFIG).is_file():
-        cfg = OmegaConf.load(Path(path) / CONFIG)
+        cfg: Any = OmegaConf.load(Path(path) / CONFIG)
         if "forget_loss" not in cfg:
             return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
         path = cfg.get("model_path")

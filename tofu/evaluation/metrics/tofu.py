@@ -146,7 +146,7 @@ def row_scores(log: Mapping[str, Any], of: str, truth_ratio: str = "geometric") 
     entries = [metric for metric in SET_METRICS if metric.of == (of if of in TASKS else "Retain")]
     needs = {name for metric in entries for name in metric.needs}
     found = columns(log, TASKS.get(of, of), *(name for name in LOGGED if name in needs))
-    return {metric.label: metric.function(found, truth_ratio) for metric in entries}
+    return {str(metric.label): metric.function(found, truth_ratio) for metric in entries}
 
 
 def set_scores(log: Mapping[str, Any], of: str, truth_ratio: str = "geometric") -> dict[str, float]:
