@@ -113,11 +113,11 @@ def test_fsdp_is_taken_with_two_processes(monkeypatch):
 
 
 def test_eval_follows_its_run():
-    cfg = checked("forget", "model_family=phi", "model_path=o/m", "split=forget05", "data_path=d", "precision=fp32")
+    cfg = checked("forget", "model_family=phi", "model_path=o/m", "split=forget05", "data_path=o/d", "precision=fp32")
     assert (cfg.eval.model_family, cfg.eval.model_path, cfg.eval.precision) == ("phi", "o/m", "fp32")
     assert cfg.eval.save_dir == cfg.save_dir
     assert cfg.eval.split == cfg.eval.split_list[3] == "forget05_perturbed"
-    assert list(cfg.eval.data_path) == ["d"] * 4
+    assert list(cfg.eval.data_path) == ["o/d"] * 4
     assert checked("forget", "model_path=o/m", "eval.split=forget10").eval.split_list[3] == "forget10_perturbed"
 
 
@@ -140,8 +140,8 @@ def test_own_split_needs_an_own_retain_split():
 
 
 def test_one_text_stands_for_a_list_of_equal_ones():
-    cfg = checked(*EVALUATE, "data_path=d", "perturbed_answer_key=[a,b,c,d]", "split=forget01")
-    assert list(cfg.data_path) == ["d"] * 4 and list(cfg.question_key) == ["question"] * 4
+    cfg = checked(*EVALUATE, "data_path=o/d", "perturbed_answer_key=[a,b,c,d]", "split=forget01")
+    assert list(cfg.data_path) == ["o/d"] * 4 and list(cfg.question_key) == ["question"] * 4
     assert list(cfg.perturbed_answer_key) == ["a", "b", "c", "d"]
     assert list(cfg.split_list)[3] == "forget01_perturbed"
     single = checked(*EVALUATE, "eval_task=log", "split_list=forget10", "base_answer_key=answer")
