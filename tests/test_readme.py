@@ -49,8 +49,9 @@ def python(checkout, *args: str, **environment: str) -> subprocess.CompletedProc
     )
 
 
-def test_add_a_method(checkout, model_folder):
-    """Followed to the letter: the method runs, and the tests of losses and configs are green with it."""
+@pytest.fixture
+def with_a_method(checkout):
+    """The copy with what "Add a method" says, followed to the letter; the name of the method and its command line."""
     (_, function), (_, listed), (_, config), (_, number), (_, row), (_, command) = blocks("Add a method")
     losses = checkout / "tofu" / "methods" / "losses.py"
     text, table = losses.read_text(), "\n# A loss that reads the forget set"
@@ -65,10 +66,20 @@ def test_add_a_method(checkout, model_folder):
     page = checkout / "docs" / "methods.md"
     first = next(line for line in page.read_text().splitlines() if line.startswith("| [`grad_ascent`]"))
     page.write_text(page.read_text().replace(first, f"{row}{first}", 1))
-    args = shlex.split(command.split("python ", 1)[1])
+    return name, shlex.split(command.split("python ", 1)[1])
+
+
+def test_add_a_method(with_a_method, checkout, model_folder):
+    _, args = with_a_method
     done = python(checkout, *args, f"model_path={model_folder}", "save_dir=run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((checkout / "run" / "finished.json").read_text())["train_loss"]
+
+
+@pytest.mark.slow
+def test_add_a_method_leaves_the_tests_green(with_a_method, checkout):
+    """Those of the losses and the configs, the method's own among them."""
+    name, _ = with_a_method
     chosen = f"{name} or capped_ascent or methods_page or has_its_number or learning_rates"
     tests = ("tests/methods/test_losses.py", "tests/test_configs.py")
     done = python(checkout, "-m", "pytest", "-n", "0", "-q", *tests, "-k", chosen)

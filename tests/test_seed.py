@@ -58,9 +58,13 @@ def launched(folder: Path, model: Path, engine: tuple[str, ...], processes: int,
 
 
 def test_adapters_on_two_processes(model_folder, tmp_path):
-    """Within one launch, and in a second one."""
-    first = launched(tmp_path / "first", model_folder, ("engine=ddp",), 2, {"lora": LORA}, 2)
+    first = launched(tmp_path, model_folder, ("engine=ddp",), 2, {"lora": LORA}, 2)
     assert first["lora0"] == first["lora1"] != first["lora_other"]
+
+
+@pytest.mark.slow
+def test_adapters_of_two_launches(model_folder, tmp_path):
+    first = launched(tmp_path / "first", model_folder, ("engine=ddp",), 2, {"lora": LORA}, 2)
     assert launched(tmp_path / "second", model_folder, ("engine=ddp",), 2, {"lora": LORA}, 1) == {
         name: digest for name, digest in first.items() if name != "lora1"
     }
