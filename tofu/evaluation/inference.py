@@ -273,8 +273,7 @@ def greedy(
 
     Args:
         model: `ready`.
-        prompts: token ids of each, one at least.
-        budgets: the most new tokens of each, one at least.
+        prompts, budgets: token ids of each, and its most new tokens; one at least.
         ends: ids of the tokens that end an answer.
         known: of each prompt, drafts of its answer, the likeliest first; they change the time, and no likelier token.
         before_forward: called before every forward (see `Together`).
