@@ -72,9 +72,7 @@ def complement(split: str) -> str | None:
 
 
 def check_place(name: str, key: str) -> None:
-    """Raise BadInput unless `name` is a path that is there or could be a hub id, owner/name. Asks nobody."""
-    if is_local(name):
-        return
+    """Raise BadInput unless `name` could be a hub id, owner/name. Asks nobody."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:

@@ -211,7 +211,7 @@ def test_paraphrased_questions_and_a_set_of_ones_own(evaluated, capsys):
         save_dir="paraphrased",
     )
     said = capsys.readouterr().out
-    assert said.count("there is no paraphrased_question, so question stands for it") == 2
+    assert said.count("there is no paraphrased_question, so question is taken instead") == 2
     log = json.loads((folder / logs.AGGREGATED).read_text())
     row = data_module.load_rows(str(MINI), "forget10_perturbed", ("paraphrased_question",))[0]
     assert row["paraphrased_question"] in log["eval_log_forget.json"]["generated_text"]["0"][0]

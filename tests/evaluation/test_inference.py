@@ -95,7 +95,7 @@ def test_known_texts_move_no_token_and_save_steps(model):
 
 
 def test_a_repeating_text_guesses_itself():
-    guess = inference._Guess([7, 8], [])
+    guess = inference._Drafts([7, 8], [])
     for token in [3, 4, 5, 3, 4]:
         guess.append(token)
     assert list(guess.next(3)) == [5, 3, 4]

@@ -66,7 +66,8 @@ def _check_splits(cfg: DictConfig) -> None:
     if evaluated is cfg or cfg.get("eval_only") or cfg.get("eval_while_train"):
         asked += zip(evaluated.data_path, evaluated.split_list, strict=True)
     for data_path, split in asked:
-        utils.check_place(data_path, "data_path")
+        if not utils.is_local(data_path):
+            utils.check_place(data_path, "data_path")
         names = utils.local_splits(data_path)
         if names is not None and split not in names:
             raise BadInput(utils.no_split(data_path, split, names))

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
 import hydra
@@ -68,11 +68,11 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             typed, result = sys.argv, None
-            argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), False
+            argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), []
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> Any:
-                nonlocal broken, result
+                nonlocal result
                 sys.argv = typed  # as versions.json tells it
                 with contextlib.redirect_stderr(stderr):
                     _log()
@@ -85,15 +85,15 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                         result = task(cfg)
                     except BadInput as error:
                         _stop(error)
-                    except Exception:  # a bug, whatever its type: it keeps its traceback
-                        broken = True
+                    except Exception as bug:  # whatever its type, it keeps its traceback
+                        broken.append(bug)
                         raise
                     after()
                     return result
 
             with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    name = _named(argv, config_name)
+                name = _named(argv, config_name)
+                with _one_line_errors(name, argv, held, broken):
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
                     _check_fits(name, config_name, argv[0])
@@ -102,18 +102,6 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
                     with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
                         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
-                except BadInput as error:
-                    _stop(error)
-                except (HydraException, OmegaConfBaseException) as error:
-                    if broken:
-                        raise
-                    _stop(BadInput(_explain(error, name, argv[1:])))
-                except SystemExit as end:
-                    if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
-                        _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
-                    raise
-                finally:
-                    sys.argv = typed
                 if ranks.rank() == 0:
                     sys.stderr.write(held.getvalue())
                 return result
@@ -121,6 +109,31 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         return main
 
     return decorate
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str, argv: list[str], held: io.StringIO, broken: list[Exception]) -> Iterator[None]:
+    """Turn what the command line is refused for into one line and exit code 2; sys.argv is as it was afterwards.
+
+    Args:
+        held: what Hydra has printed.
+        broken: filled where the job itself has raised: a bug's error passes.
+    """
+    typed = sys.argv
+    try:
+        yield
+    except BadInput as error:
+        _stop(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        if broken:
+            raise
+        _stop(BadInput(_explain(error, name, argv[1:])))
+    except SystemExit as end:
+        if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
+            _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
+        raise
+    finally:
+        sys.argv = typed
 
 
 def _overrides(scratch: str) -> list[str]:

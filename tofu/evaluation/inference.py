@@ -268,8 +268,8 @@ def greedy(
 ) -> list[list[int]]:
     """The most likely next token, again and again, up to an end token or the prompt's own budget.
 
-    At most `at_once` prompts are in work. One that ends makes room: its slot goes to a waiting prompt, or away. A step
-    reads each slot's last token and drafts at those that follow; it keeps a draft where it is what the model writes.
+    At most `at_once` prompts are in work. A finished one gives its slot to a waiting prompt. A step reads each slot's
+    last token with draft tokens, and keeps a draft where it is what the model writes (speculative decoding).
 
     Args:
         model: `ready`.

@@ -22,6 +22,42 @@ ARGUMENTS = (
 )
 
 
+ALWAYS: dict[str, Any] = {  # the Trainer's arguments that are the same in every run
+    "lr_scheduler_type": "linear",
+    "logging_nan_inf_filter": False,  # on by default, it hides a loss that has become NaN
+    "save_strategy": "no",
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "ddp_find_unused_parameters": False,
+    "remove_unused_columns": False,
+    "liger_kernel_config": {"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
+    "log_level": "warning",
+    "log_level_replica": "error",
+}
+
+
+def _enough_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> int:
+    """Optimiser steps in an epoch; raise BadInput where processes or steps do not fit the rows."""
+    if samples < ranks.world_size():
+        raise BadInput(f"{ranks.world_size()} processes share {samples} rows: start at most {samples}")
+    per_epoch = steps_per_epoch(samples, batch_size * accumulation)
+    if per_epoch * num_epochs < MOVING + 1:
+        raise BadInput(_too_few_steps(samples, batch_size, accumulation, num_epochs))
+    return per_epoch
+
+
+def _named_optim(optim: str, engine: Engine) -> str:
+    """The optimiser by transformers' name for it; raise BadInput for one that there is not."""
+    choice_of_optim = sorted(name.value for name in OptimizerNames)
+    if optim == "auto":
+        return best_optim(engine)
+    if optim == STOCHASTIC:
+        _check_stochastic(engine)
+        return "adamw_torch"  # for the arguments; the Trainer is given the other
+    if optim not in choice_of_optim:
+        raise BadInput(f"optim={optim} is unknown: it may be auto, {STOCHASTIC}, {', '.join(choice_of_optim)}")
+    return optim
+
+
 def arguments(
     save_dir: str | Path,
     *,
@@ -50,26 +86,14 @@ def arguments(
         BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
             an optimiser or a place to report to that transformers does not know, or whose package is not installed.
     """
-    if samples < ranks.world_size():
-        raise BadInput(f"{ranks.world_size()} processes share {samples} rows: start at most {samples}")
-    per_epoch = steps_per_epoch(samples, batch_size * gradient_accumulation_steps)
-    if per_epoch * num_epochs < MOVING + 1:
-        raise BadInput(_too_few_steps(samples, batch_size, gradient_accumulation_steps, num_epochs))
-    choice_of_optim = sorted(name.value for name in OptimizerNames)
-    if optim == "auto":
-        optim = best_optim(engine)
-    elif optim == STOCHASTIC:
-        _check_stochastic(engine)
-        optim = "adamw_torch"  # for the arguments; the Trainer is given the other
-    elif optim not in choice_of_optim:
-        raise BadInput(f"optim={optim} is unknown: it may be auto, {STOCHASTIC}, {', '.join(choice_of_optim)}")
+    per_epoch = _enough_steps(samples, batch_size, gradient_accumulation_steps, num_epochs)
+    optim = _named_optim(optim, engine)
     made = TrainingArguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         num_train_epochs=num_epochs,
         learning_rate=lr,
-        lr_scheduler_type="linear",
         warmup_steps=per_epoch,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -77,21 +101,14 @@ def arguments(
         seed=seed,
         report_to=report_to,
         logging_steps=logging_steps,
-        logging_nan_inf_filter=False,  # on by default, it hides a loss that has become NaN
-        save_strategy="no",
         bf16=engine.bf16,
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
         dataloader_num_workers=LOADERS if torch.cuda.is_available() else 0,
         torch_compile=torch_compile,
         use_liger_kernel=liger_kernel,
-        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
-        log_level="warning",
-        log_level_replica="error",
         deepspeed=copy.deepcopy(engine.deepspeed),  # it is filled in place
+        **ALWAYS,
     )
     if made.n_gpu > 1:  # python without torchrun: the Trainer would split each batch over all cards by itself
         made._n_gpu = 1
