@@ -401,9 +401,10 @@ def main() -> None:
         figures |= {name if args.on == "mini" else f"{split}_{name}": value for name, value in numbers.items()}
         failed = failed or any(runs.why for runs in rows)
     imports = work / "peaks" / "imports"
-    process(setting, imports, "forget.py", "--help")
+    place = (f"model_path='{work}/full'", f"save_dir='{work}/full'")  # refused when all but the weights is there
+    process(setting, imports, "forget.py", f"split={splits[0]}", *place)
     if imports.is_file():
-        lines.append(f"A process that only imports what forget.py needs has a peak of {mib(imports):.0f} MiB.")
+        lines.append(f"A process of forget.py that ends before it loads weights has a peak of {mib(imports):.0f} MiB.")
     spread = f"{seeds} seeds (mean, least..most)" if seeds > 1 else "1 seed"
     how = f"--on {args.on}, family {setting.family}, {spread}; finetuned with {' '.join(setting.finetune)}, unlearned "
     tell("methods.py", f"{how}in batches of {BATCH}", lines, {}, None, not args.no_results)  # tables have the figures

@@ -69,6 +69,15 @@ class TestEntry:
         assert (code, out, jobs) == (2, "", [])
         assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
 
+    @pytest.mark.parametrize("preset", ["+experiment=tofu_phi", "experiment=tofu_phi"])
+    def test_presets_are_forgets(self, preset, capsys, monkeypatch):
+        monkeypatch.setattr("sys.argv", ["finetune.py", preset])
+        with pytest.raises(SystemExit, match="2"):
+            command_line.entry("finetune")(lambda cfg: None)()
+        assert capsys.readouterr().err == (
+            f"error: {preset}: the presets are settings of unlearning, forget.py takes them, finetune.py does not\n"
+        )
+
     def test_bad_input_in_the_job_is_one_line(self, command):
         code, out, err, jobs = command("lr=0", job=lambda cfg: None)
         assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")

@@ -96,7 +96,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                 with _one_line_errors(name, argv, held, broken):
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
-                    _check_fits(name, config_name, argv[0])
+                    _check_fits(name, config_name, argv)
                     if {"--multirun", "-m"} & set(argv[1:]):
                         _check_sweep(name, _theirs(argv[1:]))
                     sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
@@ -155,17 +155,19 @@ def _theirs(args: list[str]) -> list[str]:
     return [arg for arg in args if arg.startswith("~") or ("=" in arg and not arg.startswith("-"))]
 
 
-def _check_fits(name: str, default: str, script: str) -> None:
-    """Raise BadInput if the config `name` is one of another script's than the one that takes `default`."""
+def _check_fits(name: str, default: str, argv: list[str]) -> None:
+    """Raise BadInput if the config `name`, or a preset, is another script's than the one that takes `default`."""
+    script = os.path.basename(argv[0])
+    presets = [arg for arg in _theirs(argv[1:]) if arg.lstrip("+").startswith(f"{PRESETS}=")]
+    if presets and _kind(default) is not Forget:
+        raise BadInput(f"{presets[0]}: the presets are settings of unlearning, forget.py takes them, {script} does not")
     if name in NO_ENTRIES:
         choice("--config-name", name, _options())
     if name == default or name not in _options():
         return
     kind, fits = _kind(default), [option for option in _options() if _kind(option) == _kind(default)]
     if _kind(name) not in (kind, None):
-        raise BadInput(
-            f"--config-name={name} is another script's config: {os.path.basename(script)} takes {', '.join(fits)}"
-        )
+        raise BadInput(f"--config-name={name} is another script's config: {script} takes {', '.join(fits)}")
 
 
 def _kind(name: str) -> type | None:
