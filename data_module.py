@@ -35,6 +35,7 @@ REFUSALS = "data/idontknow.jsonl"
 class Tags(Protocol):
     """What a family writes around a question and before an answer; an entry of model_config.yaml is one."""
 
+    system_prompt: str
     question_start_tag: str
     question_end_tag: str
     answer_tag: str
@@ -143,7 +144,7 @@ def load_refusals() -> list[str]:
 
 def prompt(tags: Tags, question: str) -> str:
     """What a model is asked with; the answer tag is the model's to write, as in the benchmark."""
-    return tags.question_start_tag + question + tags.question_end_tag
+    return tags.system_prompt + tags.question_start_tag + question + tags.question_end_tag
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:

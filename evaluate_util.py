@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tofu.cli import checks, command_line, schema
-from tofu.models import families
 from tofu.runtime import ranks
 
 SEED = 42  # only reinitialize_weights draws anything
@@ -27,10 +26,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.reporting import page
     from tofu.runtime import run_folder
 
-    family = families.family(cfg.model_family)
-    path = folders.resolve(*((family.hf_key, "model_family") if cfg.use_pretrained else (cfg.model_path, "model_path")))
-    tokenizer = folders.load_tokenizer(path, family.end_token)
-    evaluate = evaluator.Evaluator(cfg, tokenizer, family, page.evaluation_page)
+    key = "model_family" if cfg.use_pretrained else "model_path"
+    path = folders.resolve(cfg.model_path, key)
+    tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
+    evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page)
     engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
@@ -42,7 +41,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         set_seed(SEED)
         model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
     scores = evaluate(model, out, engine.sharded, fingerprints, todo)
-    run_folder.finish_run(out, scores)
+    run_folder.finish_run(out, {**scores, "family": record})
     return scores
 
 

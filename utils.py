@@ -110,6 +110,24 @@ def check_hub(name: str, key: str, repo_type: str, filename: str | None) -> None
         )
 
 
+def hub_file(name: str, filename: str) -> str | None:
+    """A small file of a hub model, from the local cache or, of a model that is not in it yet, from the hub.
+
+    None if there is none, or the hub cannot be asked.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    if isinstance(file := try_to_load_from_cache(name, filename), str):
+        return file
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return None
+    try:
+        files = HfApi().repo_info(name, timeout=PROBE_SECONDS).siblings or []
+        return hf_hub_download(name, filename) if filename in [file.rfilename for file in files] else None
+    except Exception:  # whatever the transport raises: that the model cannot be reached is said where it is loaded
+        return None
+
+
 def snapshot(name: str) -> str | None:
     """The folder of a hub data set's files in the hub's local cache; None if it is not there."""
     from huggingface_hub import snapshot_download

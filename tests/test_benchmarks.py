@@ -12,6 +12,7 @@ import data_module
 
 
 @needs_shared
+@pytest.mark.slow
 def test_train_speed_at_toy_size(tmp_path):
     """Every job; that the three ways have the same first loss to 1e-4 is asserted inside."""
     out = tmp_path / "figures.json"

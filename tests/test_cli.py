@@ -72,6 +72,7 @@ def test_evaluate_and_aggregate_with_two_processes(finetuned, launch, model_fold
     assert float(row["Forget Quality"]) > 0.99 and row["Method"] == "m" and len(row) == 16
 
 
+@pytest.mark.slow
 def test_torchrun_sweep_under_zero3(launch, model_folder, tmp_path):
     """-m, two jobs on two ranks."""
     done = launch(

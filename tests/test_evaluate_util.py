@@ -20,7 +20,9 @@ from tofu.models import families, folders, loading
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-ga", "tiny-llama-retain90"])
+@pytest.mark.parametrize(
+    "name", ["tiny-llama-ga", *(pytest.param(f"tiny-llama{one}", marks=pytest.mark.slow) for one in ("", "-retain90"))]
+)
 def test_golden_logs(name, tmp_path):
     """compare_logs.py: losses to 1e-4, counts exactly, ROUGE where the golden truth is whole."""
     golden = SHARED / "golden"
@@ -225,7 +227,7 @@ def test_paraphrased_questions_and_a_set_of_ones_own(evaluated, capsys):
 
 
 @needs_shared
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_golden_logs_are_the_same_bytes_on_any_number_of_processes(launch, golden_bytes, tmp_path, processes):
     model = SHARED / "golden" / "models" / "tiny-llama"
     args = ("model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", f"model_path={model}", "save_dir=out")

@@ -3,6 +3,8 @@
 Everything but a method's losses and its own keys is looked at without importing torch.
 """
 
+import copy
+import logging
 import os
 import re
 from dataclasses import fields, is_dataclass
@@ -30,6 +32,8 @@ from tofu.models import families
 from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line
 
+log = logging.getLogger(__name__)
+
 
 def check(cfg: DictConfig, kind: type) -> DictConfig:
     """A composed config, typed as `kind`, resolved, normalised and read-only.
@@ -37,6 +41,8 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
     Raises:
         BadInput: one line that names the key, the value and what is allowed.
     """
+    if kind in (Forget, Evaluate):
+        cfg = _with_family(cfg)
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
         own = _own_keys(plain)
@@ -57,6 +63,17 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
         _check_method(checked, own)
     OmegaConf.set_readonly(checked, True)
     return checked
+
+
+def _with_family(cfg: DictConfig) -> DictConfig:
+    """The config with the family that its model tells where it names none, before an interpolation reads it."""
+    if "model_family" not in cfg or OmegaConf.is_missing(cfg, "model_family") or cfg.model_family is not None:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    path = None if cfg.get("use_pretrained") else OmegaConf.select(cfg, "model_path", throw_on_missing=False)
+    cfg.model_family = families.of_model(path)
+    log.info("model_family=%s, as %s says", cfg.model_family, path)
+    return cfg
 
 
 def _check_splits(cfg: DictConfig) -> None:

@@ -169,6 +169,7 @@ class Evaluator:
         cfg: DictConfig,
         tokenizer: PreTrainedTokenizerBase,
         tags: Tags,
+        record: Mapping[str, str],
         page: Page | None = None,
         method_name: str = "",
         prefix: str = "",
@@ -177,6 +178,7 @@ class Evaluator:
 
         Args:
             tags: the family's.
+            record: what `families.record` says of it.
             page: makes `eval_report.md`.
             prefix: what stands before the keys of `cfg` on the command line.
 
@@ -186,8 +188,8 @@ class Evaluator:
         self.cfg, self.tokenizer, self.method_name = cfg, tokenizer, method_name
         self.tags, self.page = tags, page
         sets = load_sets(cfg)
-        self.retain_log = load_retain_log(cfg, sets, tags)
         self.tasks = [prepare(data, tokenizer, self.tags, **cfg.generation, prefix=prefix) for data in sets]
+        self.retain_log = load_retain_log(cfg, self.tasks, record, tokenizer)
         self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
 
     def fingerprints(self, model: str, bf16: bool) -> dict[str, dict[str, Any]]:
@@ -198,7 +200,10 @@ class Evaluator:
             bf16: whether the model computes in bf16.
         """
         settings = {
-            "tags": [self.tags.question_start_tag, self.tags.question_end_tag, self.tags.answer_tag],
+            "tags": [
+                *([self.tags.system_prompt] if self.tags.system_prompt else []),
+                *(self.tags.question_start_tag, self.tags.question_end_tag, self.tags.answer_tag),
+            ],
             "end_token": self.tokenizer.eos_token,
             "generation": dict(self.cfg.generation),
             "precision": "bf16" if bf16 else "fp32",

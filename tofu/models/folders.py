@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
 import utils
+from tofu.models import chat, families
 from tofu.runtime import provenance
 from utils import BadInput
 
@@ -87,6 +88,28 @@ def told(what: str, path: str) -> Iterator[None]:
         why = " ".join(str(error).split())[:300]
         todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
         raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why}): {todo}") from None
+
+
+def load_asked(path: str, name: str, key: str) -> tuple[PreTrainedTokenizerBase, families.Family, dict[str, str]]:
+    """The tokenizer of a model, how a family asks it, and the record that says so.
+
+    Args:
+        path: as `resolve` gave it.
+        name: the family.
+        key: the config key that names the model. `model_family` means the family's own pretrained model, which may be
+            taught any tags.
+
+    Raises:
+        BadInput: see `load_tokenizer` and `chat.resolved`; also a family with other tags than the model was trained
+            with.
+    """
+    family = families.family(name)
+    tokenizer = load_tokenizer(path, family.end_token)
+    family = chat.resolved(name, family, tokenizer)
+    record = families.record(name, family, tokenizer.eos_token)
+    if key != "model_family":
+        families.check_agrees(path, record, own=path in (family.hf_key, family.ft_model_path))
+    return tokenizer, family, record
 
 
 def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import utils
+from tofu.models import families
 from tofu.models.loading import load
 from tofu.runtime import ranks
 
@@ -40,6 +41,7 @@ def save(
     folder: str | Path,
     *,
     bf16: bool,
+    family: Mapping[str, str],
     change: Callable[[PreTrainedModel], None] | None = None,
 ) -> None:
     """Save the model whole, adapters merged, in one folder that `from_pretrained` loads; every rank must call this.
@@ -51,6 +53,7 @@ def save(
         model: unwrapped, with or without LoRA adapters.
         tokenizer: goes into the same folder.
         folder: the run's folder; files appear in it whole.
+        family: what `families.RECORD` says of the model.
         bf16: save the weights in bf16, the precision that they were used in; else in float32.
         change: called on rank 0 with the whole model, adapters merged, in float32, just before it is saved.
     """
@@ -66,7 +69,7 @@ def save(
         if change is not None:
             change(merged)
         merged = merged.to(torch.bfloat16 if bf16 else torch.float32)
-        return _write(merged, tokenizer, Path(folder))
+        return _write(merged, tokenizer, Path(folder), family)
     config = copy.deepcopy((peft.get_base_model() if peft else model).config)
     if hasattr(config, "distributed_config"):  # FSDP's: with it save_pretrained waits for ranks that are not here
         del config.distributed_config
@@ -87,7 +90,7 @@ def save(
     shell.generation_config = generation_config
     if generation_config is not None and (generation_config.temperature or generation_config.top_p):
         shell.generation_config.do_sample = True  # Llama-2's file has a temperature without it, which can't be saved
-    _write(shell, tokenizer, Path(folder))
+    _write(shell, tokenizer, Path(folder), family)
 
 
 def _gather(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -113,13 +116,14 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, family: Mapping[str, str]) -> None:
     """Write model and tokenizer aside, then move each whole file into `folder`, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=f"{utils.ASIDE}model."))
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        utils.write_json(aside / families.RECORD, dict(family))
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
     finally:

@@ -13,7 +13,7 @@ import dataloader
 from tofu.evaluation import evaluator
 from tofu.methods import objective, references
 from tofu.methods.objective import Method
-from tofu.models import engines, families, folders, loadable, loading, saving
+from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
 from tofu.runtime import run_folder
 from tofu.training import optimisation
@@ -41,12 +41,11 @@ class Job:
             path, key: the model to start from, and the config key that names it.
 
         Raises:
-            BadInput: no such model, or no tokenizer that the suite can use.
+            BadInput: no such model, no tokenizer that the suite can use, or a family with other tags than the model's.
         """
         self.cfg, self.method = cfg, method
-        self.family = families.family(cfg.model_family)
         self.path = folders.resolve(path, key)
-        self.tokenizer = folders.load_tokenizer(self.path, self.family.end_token)
+        self.tokenizer, self.family, self.record = folders.load_asked(self.path, cfg.model_family, key)
         self.engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
         self.evaluator: evaluator.Evaluator | None = None
 
@@ -91,7 +90,7 @@ class Job:
         """
         cfg = self.cfg
         self.evaluator = evaluator.Evaluator(
-            cfg.eval, self.tokenizer, self.family, page.evaluation_page, cfg.forget_loss.name, "eval."
+            cfg.eval, self.tokenizer, self.family, self.record, page.evaluation_page, cfg.forget_loss.name, "eval."
         )
 
     def start(self) -> Path:
@@ -169,7 +168,7 @@ class Job:
         self.evaluates()
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
         scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0)
-        run_folder.finish_run(self.out, scores)
+        run_folder.finish_run(self.out, {**scores, "family": self.record})
         return scores
 
     def finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
@@ -180,8 +179,10 @@ class Job:
         """
         if self.cfg.get("save_model", True):
             change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
-            saving.save(trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, change=change)
+            saving.save(
+                trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, family=self.record, change=change
+            )
         scores = self.evaluator.scores if self.evaluator is not None else {}
         done = {**trained, **self.method.result(), **scores}
-        run_folder.finish_run(self.out, done)
+        run_folder.finish_run(self.out, {**done, "family": self.record})
         return done
