@@ -77,7 +77,10 @@ def read_table(split: str, folder: Path = MINI) -> list[dict]:
 
 
 def checked(name: str, *overrides: str) -> DictConfig:
-    """A config as its script gets it."""
+    """A config as its script gets it, of the family llama2-7b unless an override or a preset names one."""
+    named = any(one.startswith(("model_family=", "+experiment=")) for one in overrides)
+    if name.startswith(("forget", "eval")) and not named:
+        overrides = ("model_family=llama2-7b", *overrides)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose(name, list(overrides))
     return checks.check(cfg, KINDS[name.removesuffix("_lora")])

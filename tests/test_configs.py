@@ -100,11 +100,11 @@ def test_the_benchmarks_have_learning_rates_of_methods_that_exist():
 PRESETS = {  # name -> method, lr, num_epochs, retain_weight, family
     "tofu_llama2": ("grad_diff", 1e-5, 5, 1, "llama2-7b"),
     "tofu_phi": ("grad_diff", 2e-5, 5, 1, "phi"),
-    "tuned_altpo": ("altpo", 5e-5, 5, 1, "llama3.2-1b"),
-    "tuned_npo": ("npo_grad_diff", 2e-5, 10, 1, "llama3.2-1b"),
-    "tuned_simnpo": ("simnpo_grad_diff", 5e-5, 10, 1, "llama3.2-1b"),
-    "tuned_idkdpo": ("dpo_grad_diff", 5e-5, 10, 1, "llama3.2-1b"),
-    "tuned_grad_diff": ("grad_diff", 2e-5, 5, 5, "llama3.2-1b"),
+    "tuned_altpo": ("altpo", 5e-5, 5, 1, "ou-llama3.2-1b"),
+    "tuned_npo": ("npo_grad_diff", 2e-5, 10, 1, "ou-llama3.2-1b"),
+    "tuned_simnpo": ("simnpo_grad_diff", 5e-5, 10, 1, "ou-llama3.2-1b"),
+    "tuned_idkdpo": ("dpo_grad_diff", 5e-5, 10, 1, "ou-llama3.2-1b"),
+    "tuned_grad_diff": ("grad_diff", 2e-5, 5, 5, "ou-llama3.2-1b"),
 }
 
 
@@ -134,7 +134,12 @@ COMPOSED = Path(__file__).parent / "data" / "composed.yaml"  # what each command
 
 
 def flat(name: str, *overrides: str) -> dict[str, object]:
-    """A composed config as dotted key -> value, interpolations resolved; ??? where a value has to be given."""
+    """A composed config as dotted key -> value, interpolations resolved; ??? where a value has to be given.
+
+    model_family was llama2-7b in every config; now forget.py and evaluate_util.py take the model's own.
+    """
+    if name.startswith(("forget", "eval")):
+        overrides = ("model_family=llama2-7b", *overrides)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
     found: dict[str, object] = {}

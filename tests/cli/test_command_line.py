@@ -79,7 +79,7 @@ class TestEntry:
         )
 
     def test_bad_input_in_the_job_is_one_line(self, command):
-        code, out, err, jobs = command("lr=0", job=lambda cfg: None)
+        code, out, err, jobs = command("lr=0", "model_family=tiny", job=lambda cfg: None)
         assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")
         assert "after" not in jobs
 
@@ -152,7 +152,7 @@ class TestEntry:
         monkeypatch.setenv("RANK", "1")
         waited = []
         monkeypatch.setattr(command_line.time, "sleep", waited.append)
-        assert command("lrr=3")[0] == 2 and command("lr=0", job=lambda cfg: None)[0] == 2
+        assert command("lrr=3")[0] == 2 and command("lr=0", "model_family=tiny", job=lambda cfg: None)[0] == 2
         assert waited == [command_line.PATIENCE] * 2
         assert command("--help")[1] == ""
 

@@ -70,7 +70,7 @@ class TestOfModel:
     @pytest.mark.parametrize("name", ["forget", "eval_everything"])
     def test_it_is_known_before_a_folders_name_is_made(self, tmp_path, name):
         run = recorded(tmp_path / "run")
-        cfg = checked(name, f"model_path={run}", f"data_path={MINI}", "split=forget10")
+        cfg = checked(name, "model_family=null", f"model_path={run}", f"data_path={MINI}", "split=forget10")
         assert cfg.model_family == "tiny" and cfg.save_dir.startswith(str(run))
         assert cfg.get("eval", cfg).model_family == "tiny"
 
