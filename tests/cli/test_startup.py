@@ -40,8 +40,18 @@ def start(script: str, *args: str) -> tuple[int, list[str], str]:
         (("forget.py", "forget_loss=npoo"), "forget_loss=npoo is unknown (did you mean npo?)"),
         (("forget.py", "+experiment=tuned"), "experiment=tuned is unknown"),
         (("finetune.py", "model_family=tiny", f"data_path={MINI}", "split=retain42"), "split=retain42 is not in"),
-        (("forget.py", "model_path=o/m", f"data_path={MINI}", "split=forget42"), "split=forget42 is not in"),
-        (("evaluate_util.py", "model_path=o/m", f"data_path={MINI}", "split=forget42"), "forget42_perturbed is not in"),
+        (
+            ("forget.py", "model_family=phi", "model_path=o/m", f"data_path={MINI}", "split=forget42"),
+            "split=forget42 is not in",
+        ),
+        (
+            ("evaluate_util.py", "model_family=phi", "model_path=o/m", f"data_path={MINI}", "split=forget42"),
+            "forget42_perturbed is not in",
+        ),
+        (
+            ("evaluate_util.py", "model_path=o/m"),
+            "model_family is missing, and model_path=o/m (there is no such folder",
+        ),
         (("aggregate_eval_stat.py", "retain_result=x"), "ckpt_result is missing"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
@@ -52,6 +62,6 @@ def test_refused_without_the_heavy_libraries(args, said):
 
 
 def test_a_loss_is_refused_with_torch_alone():
-    code, loaded, text = start("forget.py", "model_path=o/m", "forget_loss.forget=npoo")
+    code, loaded, text = start("forget.py", "model_family=phi", "model_path=o/m", "forget_loss.forget=npoo")
     assert code == 2 and "forget_loss.forget=npoo is unknown" in text and loaded == ["torch"]
     assert "forget.py: checking the config, then loading the libraries" in text
