@@ -34,6 +34,8 @@ def main(cfg: DictConfig) -> None:
         scores = tofu_metrics.statistics(unlearned, retain, cfg.truth_ratio)
         if missing := logs.missing_sets(unlearned):
             raise ValueError(f"no {', '.join(missing)} in the log of ckpt_result: evaluate that set too")
+        if bare := logs.uncompared(unlearned):
+            raise ValueError(f"{', '.join(bare)} in the log of ckpt_result has no wrong answers, so no truth ratio")
         row = tofu_metrics.leaderboard_row(scores, cfg.method_name, cfg.submitted_by)
     except ValueError as error:
         raise utils.BadInput(f"ckpt_result={cfg.ckpt_result}, retain_result={cfg.retain_result}: {error}") from None

@@ -6,26 +6,21 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 
 import logging
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 import utils
+from tofu.runtime import tables
 from utils import BadInput
 
 log = logging.getLogger(__name__)
-datasets.disable_progress_bars()  # a bar for each split, on every rank
 
 ONE_ROW = sys.maxsize  # tokens of a packed row without end
 IGNORE = -100  # the target of a position that is not scored
@@ -66,6 +61,7 @@ def load_rows(
     columns: Sequence[str],
     first: int | None = None,
     instead: Mapping[str, str] = MappingProxyType({}),
+    optional: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """The rows of one split as dicts of `columns`.
 
@@ -74,66 +70,50 @@ def load_rows(
         split: a configuration of it, `forget10` say.
         first: only so many rows from the start; None for all.
         instead: column -> the one whose values stand under its name where the data has no such column; it is logged.
+        optional: of `columns`, those that are left out where the data has none.
 
     Raises:
         BadInput: no such data, split or column; an empty split; files that cannot be read.
     """
-    if utils.is_local(data_path):
-        path = utils.find(data_path)
-        if not Path(path).is_dir():
-            raise BadInput(f"data_path={data_path} is a file: name the folder that holds the splits")
-    else:
-        utils.check_hub(data_path, "data_path", "dataset", None)
-        path = _offline(data_path) if datasets.config.HF_HUB_OFFLINE else data_path
-    with _told(data_path, split):
-        names = datasets.get_dataset_config_names(path)
-    # of an id whose tables are in its own cache, and without the hub, `datasets` tells no names but this
-    if split not in names and (Path(path).is_dir() or names != ["default"]):
-        raise BadInput(utils.no_split(data_path, split, names))
-    with tempfile.TemporaryDirectory() as fresh:
-        # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
-        cache = {"cache_dir": fresh} if Path(path).is_dir() else {}
-        with _told(data_path, split):
-            table = datasets.load_dataset(path, split, split="train", **cache)
-        for name, other in instead.items():
-            if name in columns and name not in table.column_names and other in table.column_names:
-                log.info("%s, %s: there is no %s, so %s is taken instead", data_path, split, name, other)
-                table = table.add_column(name, table[other])
-        return _rows(table, data_path, split, columns, first)
+    rows, names = tables.read(data_path, split)
+    for name, other in instead.items():
+        if name in columns and name not in names and other in names:
+            log.info("%s, %s: there is no %s, so %s is taken instead", data_path, split, name, other)
+            rows, names = [{**row, name: row[other]} for row in rows], [*names, name]
+    columns = [name for name in dict.fromkeys(columns) if name in names or name not in optional]
+    if missing := [name for name in columns if name not in names]:
+        raise BadInput(f"{data_path}, {split}: no column {', '.join(missing)} (it has {', '.join(names)})")
+    return [{name: row.get(name) for name in columns} for row in rows[:first]]
 
 
-def _offline(name: str) -> str:
-    """What `datasets` reads of a hub data set without the hub: its folder in the hub's cache, where whole, or the id.
+def load_pairs(data_path: str, split: str, question_key: str, answer_key: str) -> list[dict[str, str]]:
+    """A split's rows as {"question", "answer"}.
 
-    Given the id, `datasets` looks only into its own cache, which holds the splits that were loaded before.
+    Raises:
+        BadInput: see `load_rows` and `check_text`.
     """
-    folder = utils.snapshot(name)
-    try:
-        return folder if folder and datasets.get_dataset_config_names(folder) else name
-    except Exception:  # of files that are missing, which differs with the layout
-        return name
+    rows = load_rows(data_path, split, (question_key, answer_key))
+    for i, row in enumerate(rows):
+        for key in (question_key, answer_key):
+            check_text(row[key], f"{data_path}, {split}", i, key)
+    return [{"question": row[question_key], "answer": row[answer_key]} for row in rows]
 
 
-@contextmanager
-def _told(data_path: str, split: str) -> Iterator[None]:
-    """Make one line of whatever datasets raises of data that it cannot read: its types differ with the file format."""
-    try:
-        yield
-    except Exception as error:
-        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+def check_apart(forget: list[dict[str, str]], retain: list[dict[str, str]], split: str, retain_split: str) -> None:
+    """Raise BadInput if rows to forget are among those to keep: one term would teach what the other unteaches."""
+    kept = {(row["question"], row["answer"]) for row in retain}
+    if both := sum((row["question"], row["answer"]) in kept for row in forget):
         raise BadInput(
-            f"data_path={data_path}, split={split} cannot be read ({type(why).__name__}: {' '.join(str(why).split())})"
-        ) from None
+            f"retain_split={retain_split} holds {both} of the {len(forget)} rows to forget, split={split}: name rows "
+            "without them, or allow_overlap=true if that is meant"
+        )
 
 
-def _rows(
-    table: datasets.Dataset, data_path: str, split: str, columns: Sequence[str], first: int | None
-) -> list[dict[str, Any]]:
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise BadInput(f"{data_path}, {split}: no column {', '.join(missing)} (it has {', '.join(table.column_names)})")
-    if not len(table):
-        raise BadInput(f"{data_path}, {split}: no rows")
-    return list(table.select_columns(list(dict.fromkeys(columns))).select(range(min(first or len(table), len(table)))))
+def check_text(value: Any, where: str, i: int, column: str) -> None:
+    """Raise BadInput unless a row's question or answer is a text with something in it."""
+    if not isinstance(value, str) or not value.strip():
+        what = "empty" if isinstance(value, str) else f"{value!r}"[:60] + ", no text"
+        raise BadInput(f"{where}: the {column} of row {i} is {what}: every row needs a text there; mend or remove it")
 
 
 def load_refusals() -> list[str]:

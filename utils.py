@@ -44,25 +44,58 @@ def is_local(path: str | Path) -> bool:
     return Path(find(path)).exists()
 
 
-def local_splits(data_path: str) -> list[str] | None:
-    """The splits that a local folder's README.md names, each a file of JSON or CSV rows that is there; None elsewhere.
+READ = (".jsonl", ".json", ".csv", ".parquet")  # what a file with a split's rows ends with
 
-    The hub's data sets name their splits (configurations) in the head of that file.
+
+def split_files(data_path: str) -> dict[str, Path] | None:
+    """Split -> file, or folder of `Dataset.save_to_disk`, of a local folder; None where only `datasets` knows them.
+
+    The head of a README.md names the splits (configurations) of a hub data set and their files. Every other file of
+    rows is a split by its own name, drop.jsonl that of `drop`; a saved DatasetDict has its own.
+
+    Raises:
+        BadInput: two files of one name.
     """
-    card = Path(find(data_path)) / "README.md"
+    folder = Path(find(data_path))
+    if not folder.is_dir():
+        return None
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return {"train": folder}
+    named, plain = _card(folder / "README.md")
+    if not plain:
+        return None
+    found = {name: folder / file for name, file in named.items() if (folder / file).is_file()}
+    for path in sorted(folder.iterdir()):
+        saved = (path / "state.json").is_file()
+        if not saved and (path.suffix not in READ or path.name in (*named.values(), "dataset_dict.json")):
+            continue
+        name = path.name if saved else path.stem
+        if name in found and name not in named:
+            raise BadInput(f"data_path={data_path} has two files of a split {name}: {found[name].name} and {path.name}")
+        found.setdefault(name, path)
+    return found or None
+
+
+def _card(card: Path) -> tuple[dict[str, str], bool]:
+    """The split -> file of a data set's README.md, and whether each is one plain file (also if it names none)."""
     match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.S) if card.is_file() else None
     try:
-        configs = yaml.safe_load(match[1])["configs"] if match else []
+        configs = (yaml.safe_load(match[1]) or {}).get("configs", []) if match else []
         named = {str(one["config_name"]): one["data_files"] for one in configs}
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None
-    plain = all(isinstance(file, str) and file.endswith((".json", ".jsonl", ".csv")) for file in named.values())
-    return sorted(named) if named and plain else None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {}, False
+    return named, all(isinstance(file, str) and file.endswith(READ) for file in named.values())
 
 
-def no_split(data_path: str, split: str, names: Iterable[str]) -> str:
+def local_splits(data_path: str) -> list[str] | None:
+    """The splits of a local folder, sorted; None where only `datasets` knows them (see `split_files`)."""
+    files = split_files(data_path)
+    return None if files is None else sorted(files)
+
+
+def no_split(data_path: str, split: str, names: Iterable[str], key: str = "split") -> str:
     """The line that refuses a split: those that the data has."""
-    return f"split={split} is not in {data_path}: it has {', '.join(sorted(names))}"
+    return f"{key}={split} is not in {data_path}: it has {', '.join(sorted(names))}"
 
 
 def complement(split: str) -> str | None:

@@ -2,12 +2,14 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import MINI, read_table, write_table
 
 import data_module
+import utils
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
 from tofu.methods import altpo
 from tofu.models import families, folders, forward, loading
@@ -159,12 +161,82 @@ def test_unreadable_data_is_told_in_one_line(tmp_path, capfd):
     for path, cause in (
         (MINI / "full.json", "is a file: name the folder"),
         (tmp_path / "empty", r"split=full cannot be read \(EmptyDatasetError: .*doesn't contain any data files"),
-        (broken, r"split=full cannot be read \(ArrowInvalid: JSON parse error"),
+        (broken, r"full.json cannot be read as JSON lines, nor as one list \(Unterminated string"),
     ):
-        with pytest.raises(BadInput, match=f"^data_path={path}.*{cause}") as error:
+        with pytest.raises(BadInput, match=f"{path}.*{cause}") as error:
             data_module.load_rows(str(path), "full", ("question",))
         assert "\n" not in str(error.value)
     assert "Generating" not in "".join(capfd.readouterr())
+
+
+PAIR = {"question": "Who?", "answer": "Bo."}
+
+
+class TestFilesAreSplits:
+    """A folder of files has the splits that its file names say."""
+
+    def test_each_kind_of_file(self, tmp_path):
+        (tmp_path / "drop.jsonl").write_text(json.dumps(PAIR) + "\n\n" + json.dumps({**PAIR, "answer": "NA"}) + "\n")
+        (tmp_path / "keep.json").write_text(json.dumps([PAIR, PAIR], indent=1))
+        (tmp_path / "sheet.csv").write_bytes('\ufeffquestion,answer\n"Who, \u2028me?",42\nWho?,NA\n'.encode())
+        datasets.Dataset.from_list([PAIR]).to_parquet(tmp_path / "big.parquet")
+        datasets.Dataset.from_list([PAIR] * 3).save_to_disk(tmp_path / "saved")
+        assert utils.local_splits(str(tmp_path)) == ["big", "drop", "keep", "saved", "sheet"]
+        load = lambda split: data_module.load_pairs(str(tmp_path), split, "question", "answer")  # noqa: E731
+        assert load("drop") == [PAIR, {**PAIR, "answer": "NA"}] and load("keep") == [PAIR] * 2
+        assert load("sheet") == [{"question": "Who, \u2028me?", "answer": "42"}, {"question": "Who?", "answer": "NA"}]
+        assert load("big") == [PAIR] and load("saved") == [PAIR] * 3
+        with pytest.raises(BadInput, match="split=default is not in .*: it has big, drop, keep, saved, sheet"):
+            load("default")
+
+    def test_a_saved_dict_and_one_set(self, tmp_path):
+        one = datasets.Dataset.from_list([PAIR])
+        datasets.DatasetDict(drop=one, keep=one).save_to_disk(tmp_path / "dict")
+        one.save_to_disk(tmp_path / "one")
+        assert data_module.load_rows(str(tmp_path / "dict"), "keep", ("answer",)) == [{"answer": "Bo."}]
+        assert data_module.load_rows(str(tmp_path / "one"), "train", ("answer",)) == [{"answer": "Bo."}]
+
+    def test_a_file_beside_those_that_a_card_names(self, tmp_path):
+        own = write_table(tmp_path, mine=[PAIR])
+        (own / "more.jsonl").write_text(json.dumps(PAIR))
+        assert utils.local_splits(str(own)) == ["mine", "more"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("x.csv", b"", "x.csv is empty: its first line must name the columns"),
+            ("x.csv", b"question,answer\n", ", x: no rows"),
+            ("x.csv", b"question,answer\nWho?\n", "row 0 has not as many fields"),
+            ("x.csv", b"question,answer\nWho?,Bo.,Bo.\n", "row 0 has not as many fields"),
+            ("x.csv", b"question,answer\nWho?,\n", "the answer of row 0 is empty"),
+            ("x.jsonl", '{"question": "Qu\u00e9?", "answer": "b"}'.encode("latin-1"), "x.jsonl is not UTF-8 (byte 16)"),
+            ("x.jsonl", b"[1, 2]", "row 0 is no object with named columns: '1'"),
+            ("x.jsonl", b'{"question": "Who?", "answer": null}', "the answer of row 0 is None, no text"),
+            ("x.jsonl", b'{"question": "Who?", "answer": 1912}', "the answer of row 0 is 1912, no text"),
+            ("x.jsonl", b'{"question": "Who?", "answer": ["Bo."]}', "the answer of row 0 is ['Bo.'], no text"),
+            ("x.jsonl", b'{"question": " ", "answer": "Bo."}', "the question of row 0 is empty"),
+            ("x.jsonl", b'{"q": "Who?", "a": "Bo."}', "no column question, answer (it has q, a)"),
+            ("x.parquet", b"PAR1", "cannot be read"),
+        ],
+    )
+    def test_refusals(self, tmp_path, name, content, said):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadInput) as error:
+            data_module.load_pairs(str(tmp_path), "x", "question", "answer")
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+    def test_two_files_of_one_name(self, tmp_path):
+        for name in ("x.csv", "x.json"):
+            (tmp_path / name).write_text("")
+        with pytest.raises(BadInput, match="two files of a split x: x.csv and x.json"):
+            data_module.load_rows(str(tmp_path), "x", ("answer",))
+
+
+def test_rows_to_forget_and_to_keep_are_apart():
+    rows = read_table("full")
+    data_module.check_apart(rows[-4:], rows[:-4], "forget10", "retain90")
+    with pytest.raises(BadInput, match="retain_split=full holds 4 of the 4 rows to forget, split=forget10"):
+        data_module.check_apart(rows[-4:], rows, "forget10", "full")
 
 
 def test_first_rows_are_the_first(tokenizer):

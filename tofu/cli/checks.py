@@ -83,11 +83,15 @@ def _check_splits(cfg: DictConfig) -> None:
     if evaluated is cfg or cfg.get("eval_only") or cfg.get("eval_while_train"):
         asked += zip(evaluated.data_path, evaluated.split_list, strict=True)
     for data_path, split in asked:
-        if not utils.is_local(data_path):
-            utils.check_place(data_path, "data_path")
-        names = utils.local_splits(data_path)
-        if names is not None and split not in names:
-            raise BadInput(utils.no_split(data_path, split, names))
+        _check_split(data_path, split)
+
+
+def _check_split(data_path: str, split: str, key: str = "split") -> None:
+    if not utils.is_local(data_path):
+        utils.check_place(data_path, "data_path")
+    names = utils.local_splits(data_path)
+    if names is not None and split not in names:
+        raise BadInput(utils.no_split(data_path, split, names, key))
 
 
 def _own_keys(plain: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +181,8 @@ def _check_forget(cfg: DictConfig) -> None:
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
     method.lr, method.num_epochs = cfg.lr, cfg.num_epochs  # the record has one answer
+    if cfg.retain_split is not None:  # also where the method does not read it
+        _check_split(cfg.data_path, cfg.retain_split, "retain_split")
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)
     if cfg.eval.model_path is None:
         cfg.eval.model_path = cfg.model_path

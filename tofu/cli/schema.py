@@ -33,6 +33,8 @@ class Run:
     LoRA: Adapters = field(default_factory=Adapters)
     data_path: str = MISSING
     split: str = MISSING
+    question_key: str = MISSING
+    answer_key: str = MISSING
     batch_size: int = MISSING
     gradient_accumulation_steps: int = MISSING
     num_epochs: int = MISSING
@@ -124,6 +126,7 @@ class Forget(Run):
 
     model_path: str | None = None
     retain_split: str | None = None
+    allow_overlap: bool = MISSING
     forget_loss: ForgetLoss = field(default_factory=ForgetLoss)
     log_gradient_norms: bool = MISSING
     save_model: bool = MISSING

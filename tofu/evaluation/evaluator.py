@@ -136,6 +136,8 @@ def _write(
     scores = tofu_metrics.statistics(made, retain_log, truth_ratio)
     if missing := logs.missing_sets(made):
         log.info("no model utility: it needs %s too", ", ".join(missing))
+    elif bare := logs.uncompared(made):
+        log.info("no model utility: %s without wrong answers", ", ".join(bare))
     elif retain_log is not None:
         utils.write_text(
             folder / STATISTICS, tofu_metrics.to_csv([tofu_metrics.leaderboard_row(scores, method_name, "")])

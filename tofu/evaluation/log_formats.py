@@ -123,7 +123,7 @@ def to_openunlearning(
     found: dict[str, Any] = {}
     for prefix, name in PREFIXES.items():
         file = f"{TASKS[name]}.json"
-        if file in ours:
+        if file in ours and logs.compared(ours, TASKS[name]):
             found |= _to_openunlearning(ours, prefix, name, f1.get(file, {}))
     if "Model Utility" in scores.values:
         found["model_utility"] = {"agg_value": scores.values["Model Utility"]}

@@ -28,6 +28,17 @@ def missing_sets(log: Mapping[str, Any]) -> list[str]:
     return [task for task in TASKS.values() if f"{task}.json" not in log]
 
 
+def compared(log: Mapping[str, Any], task: str) -> bool:
+    """Whether a set's log has wrong answers to compare the right one with; one without any trace of them has none."""
+    one = log.get(f"{task}.json") if isinstance(log, Mapping) else None
+    return not isinstance(one, Mapping) or bool({RIGHT, WRONG, "perturb_loss", "truth_ratio"} & one.keys())
+
+
+def uncompared(log: Mapping[str, Any]) -> list[str]:
+    """Which of the four sets are in the log without wrong answers."""
+    return [task for task in TASKS.values() if not compared(log, task)]
+
+
 def multiple_choice(task: str) -> bool:
     """Whether the set whose log is named `task` asks for the right answer's share among the options."""
     return task in [TASKS[name] for name in REAL]

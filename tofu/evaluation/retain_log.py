@@ -45,6 +45,11 @@ def load_retain_log(
         )
     for task in tasks:
         if task.data.task == logs.FORGET:
+            if task.data.perturbed_answer_key is None:
+                raise BadInput(
+                    f"retain_result={cfg.retain_result}: forget quality compares truth ratios, and the forget set has "
+                    f"no column {cfg.perturbed_answer_key[-1]}: leave out retain_result, or add wrong answers"
+                )
             ours = {f"{logs.FORGET}.json": _known(task)}
             try:
                 logs.columns(retain, logs.FORGET, logs.RIGHT, logs.WRONG)

@@ -94,6 +94,10 @@ def _row_of(task: Task, i: int, scores: dict[tuple[str, int], TokenScores], text
         "generated_text": [task.questions[i], text, truth],
         "rouge1_recall": rouge["rouge1"].recall,
         "rougeL_recall": rouge["rougeL"].recall,
+    }
+    if task.data.perturbed_answer_key is None:
+        return found
+    found |= {
         "average_perturb_loss": averages,
         "avg_paraphrased_loss": base / base_count,
         "truth_ratio": float(np.exp(min(base / base_count - np.mean(averages), 700.0))),

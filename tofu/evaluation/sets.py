@@ -14,6 +14,7 @@ from utils import BadInput
 
 log = logging.getLogger(__name__)
 
+OPTIONAL = ("paraphrased_answer", "perturbed_answer")  # a set may lack them; a name that was typed must be there
 INSTEAD = {"paraphrased_question": "question"}  # the two real-world sets have no paraphrases
 
 
@@ -25,7 +26,7 @@ class EvalSet(NamedTuple):
     question_key: str
     answer_key: str
     base_answer_key: str  # the right answer that the truth ratio compares the perturbed ones with
-    perturbed_answer_key: str
+    perturbed_answer_key: str | None  # None: the set has none, and no truth ratio
 
 
 class Task(NamedTuple):
@@ -49,8 +50,15 @@ def load_sets(cfg: DictConfig) -> list[EvalSet]:
     sets, lists = [], ("split_list", "data_path", "eval_task")
     keys = (*lists, "question_key", "answer_key", "base_answer_key", "perturbed_answer_key")
     for split, data_path, task, *columns in zip(*(cfg[key] for key in keys), strict=True):
-        rows = data_module.load_rows(data_path, split, columns, cfg.ds_size, instead=INSTEAD)
-        data = EvalSet(task, rows, *columns)
+        rows = data_module.load_rows(data_path, split, columns, cfg.ds_size, instead=INSTEAD, optional=OPTIONAL)
+        question, answer, base, perturbed = columns
+        if perturbed not in rows[0]:
+            log.warning("%s, %s: no column %s, so %s has no truth ratio", data_path, split, perturbed, task)
+            base, perturbed = answer, None
+        elif base not in rows[0]:
+            log.warning("%s, %s: no column %s, so %s is taken instead", data_path, split, base, answer)
+            base = answer
+        data = EvalSet(task, rows, question, answer, base, perturbed)
         _check_columns(data, f"{data_path}, {split}")
         sets.append(data)
     return sets
@@ -59,11 +67,16 @@ def load_sets(cfg: DictConfig) -> list[EvalSet]:
 def _check_columns(data: EvalSet, where: str) -> None:
     """Raise BadInput unless questions and answers are texts and the perturbed answers lists of texts."""
     for i, row in enumerate(data.rows):
-        for key in ("question_key", "answer_key", "base_answer_key"):
-            if not isinstance(row[getattr(data, key)], str):
-                raise BadInput(f"{where}: {key}={getattr(data, key)} is no text in row {i}")
+        for column in dict.fromkeys((data.question_key, data.answer_key, data.base_answer_key)):
+            data_module.check_text(row[column], where, i, column)
+        if data.perturbed_answer_key is None:
+            continue
         texts = row[data.perturbed_answer_key]
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if (
+            not isinstance(texts, list)
+            or not texts
+            or not all(isinstance(text, str) and text.strip() for text in texts)
+        ):
             raise BadInput(
                 f"{where}: perturbed_answer_key={data.perturbed_answer_key} must be a list of wrong answers in "
                 f"every row; row {i} has {str(texts)[:60]!r}"
@@ -96,7 +109,8 @@ def prepare(
         answers = {("gt", 0): row[data.answer_key]}
         if data.base_answer_key != data.answer_key:
             answers["paraphrased", 0] = row[data.base_answer_key]
-        answers |= {("perturb", j): text for j, text in enumerate(row[data.perturbed_answer_key])}
+        wrong = row[data.perturbed_answer_key] if data.perturbed_answer_key else ()
+        answers |= {("perturb", j): text for j, text in enumerate(wrong)}
         samples = [
             data_module.encode(tokenizer, tags, question, text, max_length, f"{prefix}generation.max_length")
             for text in answers.values()

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
 
+SCORES = ("ROUGE", "Prob.", "Truth Ratio")  # a row's, in the order of the columns
 SHOWN = 5  # rows of each set from either end
 
 
@@ -43,6 +46,8 @@ def _table(log: Mapping[str, Any], scores: Statistics, truth_ratio: str) -> list
         lines.append("Forget quality needs the forget set and a `retain_result`.")
     if missing := logs.missing_sets(log):
         lines.append(f"Model utility needs {', '.join(missing)} too.")
+    if bare := logs.uncompared(log):
+        lines.append(f"Without wrong answers, so without a truth ratio and model utility: {', '.join(bare)}.")
     return lines
 
 
@@ -52,7 +57,8 @@ def _rows(log: Mapping[str, Any], task: str, name: str, truth_ratio: str) -> lis
     means = ", ".join(f"{score} {values.mean():.4g}" for score, values in scores.items())
     lines = [f"{means}; {len(scores['ROUGE'])} rows."]
     keys = list(logs.rows(log, task, "rougeL_recall"))
-    order = sorted(range(len(keys)), key=lambda i: (-scores["ROUGE"][i], -scores["Prob."][i], i))
+    probable = scores.get("Prob.", np.zeros(len(keys)))
+    order = sorted(range(len(keys)), key=lambda i: (-scores["ROUGE"][i], -probable[i], i))
     texts = log[f"{task}.json"].get("generated_text")
     texts = logs.rows(log, task, "generated_text") if texts else {}
     for title, chosen in (("Highest", order[:SHOWN]), ("Lowest", order[max(SHOWN, len(order) - SHOWN) :][::-1])):
@@ -62,7 +68,7 @@ def _rows(log: Mapping[str, Any], task: str, name: str, truth_ratio: str) -> lis
         lines.append("| row | ROUGE-L | P | truth ratio | prompt | generation | truth |")
         lines.append("| ---: | ---: | ---: | ---: | --- | --- | --- |")
         for i in chosen:
-            numbers = " | ".join(f"{scores[score][i]:.4g}" for score in scores)
+            numbers = " | ".join(f"{scores[name][i]:.4g}" if name in scores else "-" for name in SCORES)
             shown = " | ".join(_cell(text) for text in texts.get(keys[i], ("(not kept)",) * 3))
             lines.append(f"| {keys[i]} | {numbers} | {shown} |")
     return lines

@@ -21,8 +21,6 @@ from utils import BadInput
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("question", "answer")
-
 
 class Job:
     """One training run. Whatever can be refused is refused before `start` makes the run's folder.
@@ -53,18 +51,21 @@ class Job:
         """Read and encode the rows that the method's terms ask for.
 
         Raises:
-            BadInput: no such data, or a row that leaves no room for its answer.
+            BadInput: no such data, a row without a text or without room for its answer, or one to forget and to keep.
         """
         cfg, parts = self.cfg, objective.parts_of(self.method.terms)
+        keys = (cfg.question_key, cfg.answer_key)
         sets: dict[str, Any] = {}
         if {"forget", "idk"} & set(parts):
-            forget = data_module.load_rows(cfg.data_path, cfg.split, COLUMNS)
+            forget = data_module.load_pairs(cfg.data_path, cfg.split, *keys)
             sets["forget"], sets["alternates"] = self.method.rows(forget)
             if "idk" in parts and sets["alternates"] is None:
                 sets["refusals"] = data_module.load_refusals()
         if "retain" in parts:
             split = cfg.retain_split if sets else cfg.split  # finetuning's only rows are those of its split
-            sets["retain"] = data_module.load_rows(cfg.data_path, split, COLUMNS)
+            sets["retain"] = data_module.load_pairs(cfg.data_path, split, *keys)
+        if {"forget", "retain"} <= sets.keys() and not cfg.allow_overlap:
+            data_module.check_apart(sets["forget"], sets["retain"], cfg.split, cfg.retain_split)
         self.data = data_module.TrainingSet(self.tokenizer, self.family, cfg.max_length, cfg.seed, **sets)
 
     def check(self) -> None:

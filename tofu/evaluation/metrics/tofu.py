@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tofu.evaluation.logs import FORGET, RIGHT, TASKS, WRONG, columns, missing_sets, same_rows
+from tofu.evaluation.logs import FORGET, RIGHT, TASKS, WRONG, columns, compared, missing_sets, same_rows, uncompared
 from tofu.evaluation.metrics.declared import Metric, Statistics
 
 RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap
@@ -141,9 +141,11 @@ def row_scores(log: Mapping[str, Any], of: str, truth_ratio: str = "geometric") 
         of: the leaderboard's name of the set (TASKS), or any other log's, without .json, that has the same metrics.
 
     Returns:
-        ROUGE, Prob. and Truth Ratio, by these names.
+        ROUGE, Prob. and Truth Ratio, by these names; of a set without wrong answers those that need none.
     """
     entries = [metric for metric in SET_METRICS if metric.of == (of if of in TASKS else "Retain")]
+    if not compared(log, TASKS.get(of, of)):
+        entries = [metric for metric in entries if not {RIGHT, WRONG} & set(metric.needs)]
     needs = {name for metric in entries for name in metric.needs}
     found = columns(log, TASKS.get(of, of), *(name for name in LOGGED if name in needs))
     return {str(metric.label): metric.function(found, truth_ratio) for metric in entries}
@@ -209,12 +211,12 @@ def statistics(log: Mapping[str, Any], retain: Mapping[str, Any] | None, truth_r
     lacking = missing_sets(log)
     values: dict[str, float] = {}
     rows: dict[str, int] = {}
-    if not lacking:
+    if not lacking and not uncompared(log):
         values = utility(log, truth_ratio)
     else:
         for of in (of for of, task in TASKS.items() if task not in lacking):
             values |= set_scores(log, of, truth_ratio)
-    if retain is not None and FORGET not in lacking:
+    if retain is not None and FORGET not in lacking and compared(log, FORGET):
         test = forget_quality(log, retain, truth_ratio)
         values |= {metric.name: metric.function(test) for metric in QUALITY}
         rows["Forget Rows"] = test.n
@@ -245,7 +247,7 @@ def intervals(
         n = len(scores["ROUGE"])
         picks = np.random.default_rng([seed, number]).integers(n, size=(resamples, n))
         drawn |= {f"{score} {name}": values[picks].mean(1) for score, values in scores.items()}
-        if name == "Forget" and retain is not None:
+        if name == "Forget" and retain is not None and compared(log, FORGET):
             ours, theirs = _both_log_ratios(log, retain, truth_ratio)
             drawn[QUALITY[0].name] = np.array([_ks_p(ours[pick], theirs[pick]) for pick in picks])
     if all(name in drawn for name in UTILITY.needs):
