@@ -39,10 +39,11 @@ def main(cfg: DictConfig) -> None:
         row = tofu_metrics.leaderboard_row(scores, cfg.method_name, cfg.submitted_by)
     except ValueError as error:
         raise utils.BadInput(f"ckpt_result={cfg.ckpt_result}, retain_result={cfg.retain_result}: {error}") from None
-    if out.exists():
-        log.info("replacing %s", out)
+    text = tofu_metrics.to_csv([row])
+    if out.exists() and not cfg.overwrite:
+        text = _appended(out, text)
     try:
-        utils.write_text(out, tofu_metrics.to_csv([row]))
+        utils.write_text(out, text)
     except OSError as error:
         raise utils.BadInput(f"save_file={out} cannot be written: {error}") from None
     more = {**scores.values, **scores.rows}
@@ -50,6 +51,23 @@ def main(cfg: DictConfig) -> None:
         interval = scores.intervals.get(name)
         between = f"  (95 % interval {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
         log.info("%-24s %s%s", name, f"{value:.6g}" if isinstance(value, float) else value, between)
+
+
+def _appended(out: Path, text: str) -> str:
+    """A CSV of one row joined to those in a file.
+
+    Raises:
+        BadInput: the file is no leaderboard's CSV.
+    """
+    header, row = text.splitlines(keepends=True)
+    old = out.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    if old.split("\n")[0].rstrip() != header.rstrip():
+        raise utils.BadInput(
+            f"save_file={out} exists and is no leaderboard CSV (its first line differs): name another file, or "
+            "overwrite=true to replace it"
+        )
+    log.info("appended to %s", out)
+    return f"{old}\n{row}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tofu.methods import objective
 from tofu.methods.objective import Method, Term
 from tofu.models import architectures, forward, saving
 from tofu.models.views import Scored, States
+from tofu.runtime import run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -312,6 +313,7 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
     try:
         result = trainer.train()
     finally:
+        run_folder.note(trainer.args.output_dir, "trainer_state.json")
         trainer.save_state()
     if hasattr(trainer.model_wrapped, "empty_partition_cache"):  # ZeRO-3 has begun to fetch what no forward came to use
         trainer.model_wrapped.empty_partition_cache()

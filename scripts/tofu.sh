@@ -64,5 +64,5 @@ for loss in $losses; do
     evaluate "$runs/${split}_$loss" retain_result="$oracle"
     ${PYTHON:-python} "$here/aggregate_eval_stat.py" retain_result="$oracle" method_name="$loss" \
         ckpt_result="$runs/${split}_$loss/eval_$split/$log" submitted_by="${TEAM:-${USER:-me}}" \
-        save_file="$runs/${split}_$loss/leaderboard.csv" >/dev/null
+        save_file="$runs/${split}_$loss/leaderboard.csv" overwrite=true >/dev/null
 done

@@ -51,13 +51,20 @@ def test_by_hand(launch, two_logs):
         assert float(row[name]) == pytest.approx(value, rel=1e-12), name
     for name in tofu_metrics.COLUMNS:
         assert name in said
-    assert "0.333333" in said and "replacing" not in said
+    assert "0.333333" in said and "appended" not in said
     assert {path.name for path in two_logs.iterdir()} == {"A", "B", "out"}
     assert [path.name for path in (two_logs / "out").iterdir()] == ["row.csv"]
 
-    said = aggregate(launch, two_logs, "retain_result=B/log.json").stdout  # the model against itself, over the old file
-    (row,) = csv.DictReader((two_logs / "out" / "row.csv").open(newline=""))
-    assert "replacing out/row.csv" in said and float(row["Forget Quality"]) == 1
+    said = aggregate(launch, two_logs, "retain_result=B/log.json").stdout  # the model against itself: one row more
+    first, second = csv.DictReader((two_logs / "out" / "row.csv").open(newline=""))
+    assert "appended to out/row.csv" in said and first == row and float(second["Forget Quality"]) == 1
+
+
+def test_over_the_old_file_only_when_told(run_script, monkeypatch, two_logs):
+    monkeypatch.chdir(two_logs)
+    for _ in range(2):
+        run_script("aggregate_eval_stat.py", *ARGS, "overwrite=true")
+    assert len((two_logs / "out" / "row.csv").read_text().splitlines()) == 2
 
 
 BAD = {
@@ -69,6 +76,7 @@ BAD = {
     "empty": (["ckpt_result=empty.json"], ["an empty log"]),
     "rows": (["retain_result=three.json"], ["different rows (2 and 3)", "ds_size=null"]),
     "folder": (["save_file=A"], ["save_file=A is a folder"]),
+    "notes": (["save_file=notes.csv"], ["save_file=notes.csv exists and is no leaderboard CSV", "overwrite=true"]),
     "itself": (["save_file=A/../B/log.json"], ["is one of the two logs"]),
 }
 
@@ -79,6 +87,7 @@ def test_bad_input_is_told_in_one_line(capsys, run_script, monkeypatch, two_logs
     (two_logs / "other.json").write_text(json.dumps({"loss": {"0": 1.0}}))
     (two_logs / "list.json").write_text("[1, 2]")
     (two_logs / "empty.json").write_text("{}")
+    (two_logs / "notes.csv").write_text("mine,1\n")
     write_log(two_logs / "three.json", 1.0, [2.0], rows=3)
     before = {path: path.read_bytes() for path in two_logs.rglob("*") if path.is_file()}
     monkeypatch.chdir(two_logs)

@@ -152,7 +152,7 @@ def test_home_is_the_model_folder_or_runs(tmp_path, monkeypatch):
     """Nothing is ever saved in a folder named like a hub id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert checked("forget").save_dir == "runs/tofu_ft_llama2-7b/grad_ascent_1e-05_forget01_5"
+    assert checked("forget").save_dir == "runs/tofu_ft_llama2-7b/grad_ascent_1e-05_forget01_5_seed42"
     assert checked("forget", "model_path=owner/model").save_dir.startswith("runs/model/")
     assert checked("forget", "model_path=mine").save_dir.startswith("mine/")
     assert checked("forget", f"model_path={tmp_path}/mine").save_dir.startswith(f"{tmp_path}/mine/")

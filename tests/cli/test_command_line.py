@@ -8,6 +8,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 from tofu.cli import checks, command_line, schema
+from tofu.cli import jobs as jobs_module
+from tofu.runtime import run_folder
+from utils import BadInput
 
 
 class TestEntry:
@@ -18,7 +21,8 @@ class TestEntry:
         """Run a command line of a script whose job notes what it got: (exit code, stdout, stderr, jobs)."""
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(command_line, "_log", lambda: None)  # it would replace pytest's handlers
-        monkeypatch.setattr(command_line, "PATIENCE", 0)
+        monkeypatch.setattr(jobs_module, "PATIENCE", 0)
+        monkeypatch.setattr(logging.root, "level", logging.WARNING)  # whatever a script run before has left
 
         def run(*args: str, job=None, name: str = "forget"):
             jobs = []
@@ -61,6 +65,8 @@ class TestEntry:
             (["data_path=a=b"], """in quotes of its own: 'data_path="a=b"'"""),
             (["split=forget01,forget05"], "--multirun"),
             (["--nonsense"], "unrecognized arguments: --nonsense"),
+            (["learning_rate=1e-4"], "learning_rate is no key of forget.yaml: it is called lr here"),
+            (["forget_loss=npo_gd"], "forget_loss=npo_gd is unknown (did you mean npo_grad_diff?)"),
             (["model_family=phy", "--cfg", "job", "--resolve"], "model_family=phy is unknown"),
         ],
     )
@@ -79,20 +85,68 @@ class TestEntry:
         )
 
     def test_bad_input_in_the_job_is_one_line(self, command):
-        code, out, err, jobs = command("lr=0", "model_family=tiny", job=lambda cfg: None)
+        code, out, err, jobs = command("lr=0", "model_family=phi", job=lambda cfg: None)
         assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")
         assert "after" not in jobs
 
     def test_a_bug_keeps_its_traceback(self, command):
         """Also where its type is one that a bad command line raises."""
         with pytest.raises(ConfigAttributeError):
-            command("model_family=tiny", job=lambda cfg: cfg.no_such_key)
+            command("model_family=phi", job=lambda cfg: cfg.no_such_key)
         with pytest.raises(ZeroDivisionError):
-            command("model_family=tiny", job=lambda cfg: 1 / 0)
+            command("model_family=phi", job=lambda cfg: 1 / 0)
+
+    def test_letters_need_no_quotes(self, command):
+        code, _, _, (cfg, _) = command("model_path=modèle/été", "save_dir='Übung'", "model_family=phi")
+        assert (code, cfg.model_path, cfg.save_dir) == (0, "modèle/été", "Übung")
 
     def test_options_stand_anywhere(self, command):
         code, _, _, (cfg, _) = command("split=forget05", "--config-name=forget_lora.yaml", "LoRA.alpha=16")
         assert (code, cfg.split, cfg.LoRA.r, cfg.LoRA.alpha) == (0, "forget05", 8, 16)
+
+    def test_a_bad_job_does_not_end_a_sweep(self, command):
+        """The others run, and the end lists it; the exit code is 1 where one has a bug, else 2."""
+
+        def job(cfg):
+            if cfg.seed == 2:
+                raise BadInput("no such thing")
+            if cfg.seed == 4:
+                raise ZeroDivisionError("a bug")
+
+        code, _, err, jobs = command("-m", "seed=1,2,3", "model_family=phi", "save_dir=out${seed}", job=job)
+        assert (code, len(jobs)) == (2, 6)
+        assert err.splitlines() == [
+            "error: job 1 (seed=2 model_family=phi save_dir=out${seed}): no such thing",
+            "error: 1 of 3 jobs failed: 1 (seed=2 model_family=phi save_dir=out${seed})",
+        ]
+        code, _, err, jobs = command("-m", "seed=2,4,5", "model_family=phi", "save_dir=out${seed}", job=job)
+        assert (code, len(jobs)) == (1, 6) and "Traceback" in err and "2 of 3 jobs failed: 0 (" in err
+
+    def test_a_complete_job_of_a_sweep_is_skipped(self, command, caplog):
+        def job(cfg):
+            if cfg.seed == 1:
+                raise run_folder.Complete("out1")
+
+        with caplog.at_level(logging.INFO):
+            code, _, err, _ = command("-m", "seed=1,2", "model_family=phi", "save_dir=out${seed}", job=job)
+        assert (code, err) == (0, "") and "job 0: skipped, it is complete: out1" in caplog.text
+
+    def test_an_interrupt_is_one_line(self, command):
+        def job(cfg):
+            raise KeyboardInterrupt
+
+        assert command("model_family=phi", job=job)[:3:2] == (130, "error: interrupted\n")
+
+    def test_a_full_disk_is_one_line(self, command):
+        """Also in a sweep, which it ends: the next job has no room either."""
+
+        def job(cfg):
+            with open("/dev/full", "w") as file:
+                file.write("x")
+
+        for args in ((), ("-m", "seed=1,2", "save_dir=out${seed}")):
+            code, _, err, jobs = command(*args, "model_family=phi", job=job)
+            assert (code, len(jobs)) == (1, 1) and err.startswith("error: the disk is full ([Errno 28]"), err
 
     def test_sweep_runs_every_job(self, command):
         code, _, _, jobs = command("-m", "forget_loss=KL,dpo", "split=forget01,forget10")
@@ -109,6 +163,7 @@ class TestEntry:
                 "seed=1 save_dir=out and seed=2 save_dir=out, share save_dir=out: put the swept key into it, "
                 "save_dir='out_${seed}'",
             ),
+            (["lr=1,2", "seed=1,2", "save_dir='runs/${seed}'"], "save_dir='runs/${seed}_${lr}'"),
             (["forget_loss=KL,dpo", "save_dir=out"], "save_dir='out_${forget_loss.name}'"),
             (["weight_decay=0,0.1", "model_path=o/m"], "_${weight_decay}'"),
         ],
@@ -151,9 +206,9 @@ class TestEntry:
     def test_other_ranks_wait_before_they_speak(self, command, monkeypatch):
         monkeypatch.setenv("RANK", "1")
         waited = []
-        monkeypatch.setattr(command_line.time, "sleep", waited.append)
-        assert command("lrr=3")[0] == 2 and command("lr=0", "model_family=tiny", job=lambda cfg: None)[0] == 2
-        assert waited == [command_line.PATIENCE] * 2
+        monkeypatch.setattr(jobs_module.time, "sleep", waited.append)
+        assert command("lrr=3")[0] == 2 and command("lr=0", "model_family=phi", job=lambda cfg: None)[0] == 2
+        assert waited == [jobs_module.PATIENCE] * 2
         assert command("--help")[1] == ""
 
     def test_what_hydra_warned_of_is_passed_on_once(self, command, monkeypatch):

@@ -1,12 +1,28 @@
 """Run folders: what may be written where, and what may be removed."""
 
+import json
+import subprocess
+import sys
+
 import pytest
+from helpers import REPO
 from omegaconf import OmegaConf
 
 import utils
-from tofu.runtime import provenance, run_folder
+from tofu.runtime import claim, provenance, run_folder
 
 CFG = OmegaConf.create({"lr": 1e-5})
+
+
+@pytest.fixture(autouse=True)
+def no_claims():
+    yield
+    claim.release()
+
+
+def names(folder):
+    """What is in a folder beside the run's own notes."""
+    return {path.name for path in folder.iterdir()} - {run_folder.WRITTEN, claim.CLAIM}
 
 
 def start(folder, **changes):
@@ -16,7 +32,7 @@ def start(folder, **changes):
 def test_a_run_makes_its_folder_and_a_refused_one_can_start_again(tmp_path):
     for _ in range(2):
         folder = start(tmp_path / "runs" / "one")
-        assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "versions.json"]
+        assert names(folder) == {"config.yaml", "versions.json"}
     assert OmegaConf.load(folder / "config.yaml") == CFG
 
 
@@ -36,22 +52,24 @@ def test_a_start_that_is_killed_can_be_started_again(tmp_path, monkeypatch):
     """Between removing the old run and explaining the new one the folder stays known as this suite's."""
     start(tmp_path)
     for name in ("model.safetensors", run_folder.REFERENCE):
+        run_folder.note(tmp_path, name)
         (tmp_path / name).write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "_explain", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             start(tmp_path, overwrite=True, keep=(run_folder.REFERENCE,))
-    assert {path.name for path in tmp_path.iterdir()} == {"versions.json", run_folder.REFERENCE}
+    assert names(tmp_path) == {"versions.json", run_folder.REFERENCE}
     start(tmp_path, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "versions.json"}
+    assert names(tmp_path) == {"config.yaml", "versions.json"}
 
 
 def test_overwriting_leaves_runs_in_folders_of_their_own(tmp_path):
     start(tmp_path)
+    run_folder.note(tmp_path, "model.safetensors")
     (tmp_path / "model.safetensors").write_text("old")
     start(tmp_path / "other")
     start(tmp_path, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "other", "versions.json"]
+    assert names(tmp_path) == {"config.yaml", "other", "versions.json"}
 
 
 def test_a_recipe_is_the_finetuned_models(tmp_path):
@@ -63,3 +81,75 @@ def test_a_recipe_is_the_finetuned_models(tmp_path):
     expected = "lr=0.0007 num_epochs=10 batch_size=16 gradient_accumulation_steps=1"
     assert provenance.recipe(str(tmp_path / "full")) == provenance.recipe(str(tmp_path / "npo")) == expected
     assert provenance.recipe(str(tmp_path)) == provenance.recipe("owner/model") == provenance.recipe(None) == ""
+
+
+MINE = ("notes.txt", "weights.safetensors", "eval_notes.json", "checkpoint-9/notes.txt", "plots/one.png")
+
+
+@pytest.mark.parametrize("list_kept", [True, False], ids=["by its list", "of an older version"])
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, list_kept):
+    start(tmp_path)
+    theirs = ("model.safetensors", "config.json", "tokenizer.json", "trainer_state.json", "finished.json")
+    for name in theirs:
+        run_folder.note(tmp_path, name)
+        (tmp_path / name).write_text("old")
+    (tmp_path / "checkpoint-9").mkdir()
+    run_folder.note(tmp_path / "checkpoint-9", "eval_log.json")
+    (tmp_path / "checkpoint-9" / "eval_log.json").write_text("{}")
+    mine = [name for name in MINE if list_kept or name not in ("weights.safetensors", "eval_notes.json")]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    if not list_kept:
+        for path in tmp_path.rglob(run_folder.WRITTEN):
+            path.unlink()
+    start(tmp_path, overwrite=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*mine, "config.yaml", "versions.json", run_folder.WRITTEN, claim.CLAIM}
+
+
+class TestClaims:
+    """Two runs into one folder: the second stops."""
+
+    HOLD = "import sys; from pathlib import Path; from tofu.runtime import claim; claim.make(Path(sys.argv[1]));"
+
+    def test_a_second_process_is_refused_until_the_first_is_gone(self, tmp_path, caplog):
+        code = f"{self.HOLD} print('held', flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", code, str(tmp_path / "run")]
+        other = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "held\n"
+        for attempt in (start, lambda folder: run_folder.start_evaluation(CFG, folder, overwrite=True, own=())):
+            with pytest.raises(
+                utils.BadInput, match=f"another run writes there .process {other.pid} on .*, started 20"
+            ):
+                attempt(tmp_path / "run")
+        other.kill()
+        other.wait()
+        start(tmp_path / "run")
+        assert "is gone (process" in caplog.text
+
+    def test_another_machines_claim_is_believed(self, tmp_path):
+        (tmp_path / claim.CLAIM).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "then"}))
+        with pytest.raises(utils.BadInput, match=f"process 1 on elsewhere, started then.*remove {tmp_path}"):
+            start(tmp_path)
+
+    def test_a_pid_that_is_used_again_is_another_process(self, tmp_path):
+        theirs = {"host": claim.socket.gethostname(), "pid": 1, "born": "-1", "start": "then"}
+        (tmp_path / claim.CLAIM).write_text(json.dumps(theirs))
+        start(tmp_path)
+
+    def test_a_refused_run_leaves_nothing(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run_folder, "_explain", lambda *_: (_ for _ in ()).throw(utils.BadInput("no")))
+        with pytest.raises(utils.BadInput):
+            start(tmp_path / "a" / "b")
+        assert tmp_path.is_dir() and not any(tmp_path.iterdir())
+
+    def test_where_nobody_may_write(self):
+        with pytest.raises(utils.BadInput, match="save_dir=/proc/run cannot be made"):
+            start(run_folder.Path("/proc/run"))
+
+    def test_the_end_of_a_run_releases_it(self, tmp_path):
+        start(tmp_path)
+        assert (tmp_path / claim.CLAIM).is_file()
+        run_folder.finish_run(tmp_path, {})
+        assert not (tmp_path / claim.CLAIM).exists()

@@ -50,7 +50,8 @@ def check(cfg: DictConfig, kind: type) -> DictConfig:
         typed = OmegaConf.merge(OmegaConf.structured(kind), plain)
         missing = OmegaConf.missing_keys(typed) | OmegaConf.missing_keys(cfg)
         if missing := sorted(missing - {f"forget_loss.{key}" for key in own}):
-            raise BadInput(f"{missing[0]} is missing: give {missing[0]}=...")
+            are = "is" if len(missing) == 1 else "are"
+            raise BadInput(f"{', '.join(missing)} {are} missing: give {' '.join(f'{key}=...' for key in missing)}")
     except OmegaConfBaseException as error:
         raise BadInput(told(error)) from None
     checked = OmegaConf.create(OmegaConf.to_container(typed, structured_config_mode=SCMode.DICT))

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
@@ -19,11 +18,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tofu.cli.checks import CHECKS, check, told
+from tofu.cli.jobs import BesideBars, Jobs, plain, stop
 from tofu.cli.schema import CONFIG_DIR, Finetune, Forget
 from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line, unknown
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
 NO_ENTRIES = ("model_config", "run")  # YAMLs in config/ that no script takes by themselves
 PRESETS = "experiment"  # the folder of config/ whose files set several keys at once
-PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
 ALIASES = {  # names that people type elsewhere -> what that code runs
     **{"GradAscent": "grad_ascent", "GradDiff": "grad_diff", "NPO": "npo_grad_diff", "DPO": "dpo_grad_diff"},
     **{"SimNPO": "simnpo_grad_diff", "RMU": "rmu", "UNDIAL": "undial", "AltPO": "altpo", "WGA": "wga_grad_diff"},
@@ -41,13 +39,26 @@ ALIASES = {  # names that people type elsewhere -> what that code runs
 }
 
 
+MEANT = {  # keys that people type elsewhere -> ours
+    **{"learning_rate": "lr", "num_train_epochs": "num_epochs", "epochs": "num_epochs", "output_dir": "save_dir"},
+    **{"per_device_train_batch_size": "batch_size", "model_name_or_path": "model_path", "model": "model_family"},
+    **{"forget_split": "split", "trainer": "forget_loss"},
+}
+
+
 def _renamed(argv: list[str]) -> list[str]:
-    """A command line with the names of ALIASES in forget_loss=... turned into our own."""
+    """A command line with the names of ALIASES in forget_loss=... turned into our own, and letters quoted for Hydra.
+
+    Its grammar knows ASCII alone outside of quotes.
+    """
     found = []
     for arg in argv:
         key, equal, value = arg.partition("=")
         if key.lstrip("+") == "forget_loss" and equal:
             arg = f"{key}={','.join(ALIASES.get(name, name) for name in value.split(','))}"
+        elif equal and not value.isascii() and not re.search(r"""['"\[\]{}()]""", value):
+            quoted = ",".join(f"'{one}'" for one in value.split(","))
+            arg = f"{key}={quoted}"
         found.append(arg)
     return found
 
@@ -67,33 +78,22 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         @functools.wraps(task)
         def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-            typed, result = sys.argv, None
-            argv, stderr, held, broken = _renamed(sys.argv), sys.stderr, io.StringIO(), []
+            typed, jobs = sys.argv, Jobs(task, after)
+            argv, stderr, held = _renamed(sys.argv), sys.stderr, io.StringIO()
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> Any:
-                nonlocal result
                 sys.argv = typed  # as versions.json tells it
                 with contextlib.redirect_stderr(stderr):
                     _log()
                     if argv != typed:
                         log.info("taken as: %s", " ".join(argv[1:]))
-                    if HydraConfig.get().mode == RunMode.MULTIRUN:
-                        log.info("job %d: %s", HydraConfig.get().job.num, " ".join(HydraConfig.get().overrides.task))
                     log.info("%s: checking the config, then loading the libraries", os.path.basename(argv[0]))
-                    try:
-                        result = task(cfg)
-                    except BadInput as error:
-                        _stop(error)
-                    except Exception as bug:  # whatever its type, it keeps its traceback
-                        broken.append(bug)
-                        raise
-                    after()
-                    return result
+                    return jobs.run(cfg)
 
             with tempfile.TemporaryDirectory() as scratch:
                 name = _named(argv, config_name)
-                with _one_line_errors(name, argv, held, broken):
+                with _one_line_errors(name, argv, held, jobs):
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
                     _check_fits(name, config_name, argv)
@@ -104,7 +104,8 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
                 if ranks.rank() == 0:
                     sys.stderr.write(held.getvalue())
-                return result
+                jobs.end()
+                return jobs.result
 
         return main
 
@@ -112,25 +113,27 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
 
 
 @contextlib.contextmanager
-def _one_line_errors(name: str, argv: list[str], held: io.StringIO, broken: list[Exception]) -> Iterator[None]:
+def _one_line_errors(name: str, argv: list[str], held: io.StringIO, jobs: Jobs) -> Iterator[None]:
     """Turn what the command line is refused for into one line and exit code 2; sys.argv is as it was afterwards.
 
     Args:
         held: what Hydra has printed.
-        broken: filled where the job itself has raised: a bug's error passes.
+        jobs: a bug's error in a job passes.
     """
     typed = sys.argv
     try:
         yield
     except BadInput as error:
-        _stop(error)
+        stop(error)
+    except KeyboardInterrupt:
+        stop(BadInput("interrupted"), 130)
     except (HydraException, OmegaConfBaseException) as error:
-        if broken:
+        if jobs.bug is not None:
             raise
-        _stop(BadInput(_explain(error, name, argv[1:])))
+        stop(BadInput(_explain(error, name, argv[1:])))
     except SystemExit as end:
         if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
-            _stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
+            stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
         raise
     finally:
         sys.argv = typed
@@ -199,8 +202,9 @@ def _check_sweep(name: str, overrides: list[str]) -> None:
         return
     swept = [one.split("=", 1)[0] for one, other in zip(job, written[place], strict=True) if one != other]
     named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
+    typed = next((plain(one).split("=", 1)[1].strip("'\"") for one in job if one.startswith(f"{key}=")), place)
     said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
-    raise BadInput(f"{said}: put the swept key into it, {key}='{place}{named}'")
+    raise BadInput(f"{said}: put the swept key into it, {key}='{typed}{named}'")
 
 
 def _jobs(overrides: list[str]) -> list[list[str]]:
@@ -243,9 +247,9 @@ def _named(argv: list[str], default: str) -> str:
 
 def _log() -> None:
     """Rank 0 speaks; the others only of errors."""
-    level = logging.INFO if ranks.rank() == 0 else logging.ERROR
+    level, handler = logging.INFO if ranks.rank() == 0 else logging.ERROR, BesideBars()
     logging.basicConfig(
-        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout, force=True
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True
     )
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
@@ -257,20 +261,15 @@ def _log() -> None:
             logging.getLogger(library).setLevel(level)
 
 
-def _stop(error: BadInput) -> None:
-    """Tell the error and exit with 2. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
-    if ranks.rank() > 0:
-        time.sleep(PATIENCE)
-    sys.stderr.write(f"error: {one_line(error)}\n")
-    sys.stderr.flush()
-    sys.exit(2)
-
-
 def _explain(error: Exception, name: str, args: list[str]) -> str:
     """A composition error in one line, with what there is instead."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return unknown(group or "--config-name", option.removesuffix(".yaml"), _options(group))
+        option = option.removesuffix(".yaml")
+        longer = option.replace("_gd", "_grad_diff").replace("_kl", "_KL")
+        if longer in _options(group):
+            return f"{group}={option} is unknown (did you mean {longer}?): it may be {', '.join(_options(group))}"
+        return unknown(group or "--config-name", option, _options(group))
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         if re.search(r"[~=()]", value) and '"' not in value:
@@ -278,6 +277,8 @@ def _explain(error: Exception, name: str, args: list[str]) -> str:
         return f"{error.override} is no key=value that Hydra can read: {one_line(error.message.split('See http')[0])}"
     if match := re.search(r"Could not override '([^']+)'", str(error)):
         key = getattr(error.__cause__, "full_key", None) or match[1]
+        if key in MEANT:
+            return f"{key} is no key of {name}.yaml: it is called {MEANT[key]} here"
         chosen = {group: option for group, _, option in (arg.partition("=") for arg in args) if "," not in option}
         return no_key(key, [key for key, _, _ in _explained(name, chosen)], f" of {name}.yaml")
     return told(error)

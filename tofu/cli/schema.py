@@ -52,7 +52,8 @@ class Run:
     ds_config: str = MISSING
     precision: str = MISSING
     logging_steps: int = MISSING
-    report_to: str = MISSING
+    report_to: Any = MISSING
+    progress: bool = MISSING
     overwrite_dir: bool = MISSING
     save_dir: str = MISSING
 
@@ -112,6 +113,7 @@ class Evaluate:
     retain_result: str | None = None
     truth_ratio: str = MISSING
     save_format: Any = MISSING
+    progress: bool = MISSING
     save_dir: str = MISSING
 
 
@@ -144,6 +146,7 @@ class Aggregate:
     method_name: str = MISSING
     submitted_by: str = MISSING
     save_file: str = MISSING
+    overwrite: bool = MISSING
     truth_ratio: str = MISSING
 
 

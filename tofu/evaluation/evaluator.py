@@ -16,7 +16,7 @@ from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.retain_log import load_retain_log
 from tofu.evaluation.sets import Task, load_sets, prepare, reach
-from tofu.runtime import provenance, ranks
+from tofu.runtime import provenance, ranks, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def evaluate(
                 scores = row_logs.score_rows(model, task, sharded)
             made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text)
             if ranks.rank() == 0:
+                run_folder.note(folder, f"{name}.json", FINGERPRINTS)
                 utils.write_json(folder / f"{name}.json", made[f"{name}.json"])
                 _remember(folder, name, (fingerprints or {}).get(name))
         elif ranks.rank() == 0:
@@ -132,6 +133,7 @@ def _write(
     page: Page | None,
 ) -> Statistics:
     """Write the aggregated log and what follows from it."""
+    run_folder.note(folder, logs.AGGREGATED, STATISTICS, REPORT, *OPENUNLEARNING)
     utils.write_json(folder / logs.AGGREGATED, made)
     scores = tofu_metrics.statistics(made, retain_log, truth_ratio)
     if missing := logs.missing_sets(made):

@@ -88,6 +88,7 @@ def write_logps(
 ) -> None:
     """Keep them for a later run in this folder. Rank 0 only."""
     if ranks.rank() == 0:
+        run_folder.note(folder, run_folder.REFERENCE)
         utils.write_json(folder / run_folder.REFERENCE, {"made_from": made_from, "logps": [logps[s] for s in samples]})
 
 

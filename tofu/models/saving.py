@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import utils
 from tofu.models import families
 from tofu.models.loading import load
-from tofu.runtime import ranks
+from tofu.runtime import ranks, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         utils.write_json(aside / families.RECORD, dict(family))
+        run_folder.note(folder, *sorted(path.name for path in aside.iterdir()))
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
     finally:

@@ -26,7 +26,14 @@ RECORDED = (
     "numpy",
     "rouge-score",
 )
-NOT_SETTINGS = ("save_dir", "overwrite", "overwrite_dir")  # keys that change no number
+NOT_SETTINGS = (
+    "save_dir",
+    "overwrite",
+    "overwrite_dir",
+    "progress",
+    "logging_steps",
+    "report_to",
+)  # keys that change no number
 ABSENT = "not given"
 INPUTS = ("model_path", "retain_result", "eval.retain_result")  # keys that name what another run made
 
@@ -76,6 +83,30 @@ def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
     then, now = ({key: value for key, _, value in (arg.partition("=") for arg in args)} for args in (made, asked))
     pairs = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in {**then, **now} if key not in NOT_SETTINGS}
     return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
+
+
+def other_config(folder: Path, cfg: DictConfig) -> list[str]:
+    """What differs between the recorded config and inputs of a run and those of one to be made, by key.
+
+    Keys that change no number do not count, nor do keys that only one of the two versions of the suite has.
+    """
+    made, asked = (_flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(folder / CONFIG), cfg))
+    pairs = {key: (made[key], asked[key]) for key in made.keys() & asked.keys()}
+    found = [
+        f"{key}={old} (now {new})"
+        for key, (old, new) in sorted(pairs.items())
+        if key.rpartition(".")[2] not in NOT_SETTINGS and not _same(str(old), str(new))
+    ]
+    known = json.loads((folder / VERSIONS).read_text(encoding="utf-8")).get("inputs", {})
+    now = inputs({key: OmegaConf.select(cfg, key) for key in INPUTS})
+    return [*found, *(f"{key}, which is another by now" for key in differing(known, now) if key in known)]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: one for name, value in values.items() for key, one in _flat(value, f"{prefix}{name}.").items()}
 
 
 def _same(one: str, other: str) -> bool:

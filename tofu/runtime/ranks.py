@@ -35,7 +35,8 @@ def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterable
     mine = list(batches[rank() :: world_size()])
     if sharded and batches:
         mine += [batches[0]] * (-(-len(batches) // world_size()) - len(mine))
-    return tqdm(mine, desc=what, disable=rank() > 0, leave=False)
+    silent = rank() > 0 or bool(os.environ.get("TQDM_DISABLE"))  # tqdm reads it once, when imported
+    return tqdm(mine, desc=what, disable=silent, leave=False)
 
 
 def merge(found: dict) -> dict:

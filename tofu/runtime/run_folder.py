@@ -2,18 +2,27 @@
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import provenance, ranks
+from tofu.runtime import claim, provenance, ranks
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)
 
+WRITTEN = "written.txt"  # the files that the run in a folder wrote, by name
+KNOWN = (  # what runs of older versions, which kept no such list, may have written
+    *("config.yaml", "versions.json", "finished.json", "config.json", "generation_config.json", "*.safetensors"),
+    *("*.safetensors.index.json", "pytorch_model*", "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab*"),
+    *("added_tokens.json", "merges.txt", "chat_template*", "trainer_state.json", "training_args.bin", "eval_*"),
+    *("aggregate_stat.csv", "fingerprints.json", "reference_logps.json", "TOFU_EVAL.json", "TOFU_SUMMARY.json"),
+)
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 
 
@@ -40,16 +49,19 @@ def start_run(
             raise BadInput(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
+    if not overwrite and _in_a_sweep():
+        _check_complete(cfg, folder)  # on every rank: they all go on to the next job
     if ranks.rank() > 0:
         return folder
-    held = _held(folder)
-    if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
-        if not overwrite:
-            raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
-        if VERSIONS not in held:  # save_dir=. must never empty somebody's home
-            raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
-        _remove_run(folder, keep)
-    return _explain(cfg, folder)
+    with _claimed(folder):
+        held = _held(folder)
+        if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
+            if not overwrite:
+                raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
+            if VERSIONS not in held:  # save_dir=. must never empty somebody's home
+                raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
+            _remove_run(folder, keep)
+        return _explain(cfg, folder)
 
 
 def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...]) -> Path:
@@ -65,40 +77,90 @@ def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, 
     folder = Path(save_dir)
     if ranks.rank() > 0:
         return folder
-    held = _held(folder)
-    strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
-    if strange or (held and VERSIONS not in held):
+    with _claimed(folder):
+        held = _held(folder)
+        strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
+        if strange or (held and VERSIONS not in held):
+            raise BadInput(
+                f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
+                "another save_dir"
+            )
+        (folder / FINISHED).unlink(missing_ok=True)  # until this one is complete, nothing here is
+        if overwrite and held - {CONFIG, VERSIONS}:
+            log.warning("replacing the evaluation in %s", folder)
+            for name in held & _wrote(folder) - {CONFIG, VERSIONS}:
+                (folder / name).unlink()
+        return _explain(cfg, folder)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Claim a folder for a run that starts inside; where it is refused, nothing is left that was not there."""
+    made = claim.make(folder)
+    try:
+        yield
+    except BadInput:
+        claim.give_up(folder, made)
+        raise
+
+
+def _in_a_sweep() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _check_complete(cfg: DictConfig, folder: Path) -> None:
+    """Look at the run in a sweep job's folder, if one is complete there.
+
+    Raises:
+        Complete: it was made with this config, from the same inputs.
+        BadInput: it was made with another one; the keys are named.
+    """
+    if not all((folder / name).is_file() for name in (FINISHED, CONFIG, VERSIONS)):
+        return
+    if differ := provenance.other_config(folder, cfg):
         raise BadInput(
-            f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
-            "another save_dir"
+            f"save_dir={folder} holds a complete run with other settings: {', '.join(differ)}: name another save_dir, "
+            "or overwrite_dir=true to replace it"
         )
-    (folder / FINISHED).unlink(missing_ok=True)  # until this one is complete, nothing here is
-    if overwrite and held - {CONFIG, VERSIONS}:
-        log.warning("replacing the evaluation in %s", folder)
-        for name in held - {CONFIG, VERSIONS, FINISHED}:
-            (folder / name).unlink()
-    return _explain(cfg, folder)
+    raise Complete(str(folder))
+
+
+class Complete(Exception):
+    """A sweep's job that is complete already, by its folder."""
+
+
+def note(folder: str | Path, *names: str) -> None:
+    """Write down which files a run is about to create in its folder: those alone are removed with it. Rank 0 only."""
+    if ranks.rank() > 0:
+        return
+    path = Path(folder) / WRITTEN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    with path.open("a", encoding="utf-8") as out:
+        out.writelines(f"{name}\n" for name in names if name not in known)
+
+
+def _wrote(folder: Path) -> set[str]:
+    """The files in a folder that a run of this suite wrote; without a list, those with names that runs give."""
+    there = {path.name for path in folder.iterdir() if not path.is_dir()}
+    if (folder / WRITTEN).is_file():
+        return there & {WRITTEN, *(folder / WRITTEN).read_text(encoding="utf-8").splitlines()}
+    return {name for name in there if any(map(Path(name).match, KNOWN))}
 
 
 def _held(folder: Path) -> set[str]:
-    """The names in a folder, without what a killed write left aside, which is removed.
-
-    Raises:
-        BadInput: a file stands where the folder or one above it should be.
-    """
-    above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not above.is_dir():
-        raise BadInput(f"save_dir={folder}: {above} is a file, not a folder: name another save_dir")
-    if not folder.exists():
-        return set()
+    """The names in a folder, without what a killed write left aside, which is removed, and without our own notes."""
     for path in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {WRITTEN, claim.CLAIM}
 
 
 def _explain(cfg: DictConfig, folder: Path) -> Path:
     """Put versions and config into the folder: a folder with the former is known as this suite's."""
-    folder.mkdir(parents=True, exist_ok=True)
+    note(folder, VERSIONS, CONFIG)
     utils.write_json(folder / VERSIONS, provenance.versions(cfg))
     utils.write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     return folder
@@ -108,11 +170,24 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     """Remove an earlier run's own files, its mark of completion first, and the evaluations of its model."""
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
+    for path in [path for path in folder.iterdir() if path.is_dir()]:
+        if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
+            _remove_evaluations(path)
+    for name in _wrote(folder) - {VERSIONS, WRITTEN, *keep}:  # with VERSIONS it stays known as this suite's
+        (folder / name).unlink()
+    (folder / WRITTEN).unlink(missing_ok=True)
+    note(folder, VERSIONS, *(name for name in keep if (folder / name).is_file()))
+
+
+def _remove_evaluations(folder: Path) -> None:
+    """Remove the files that evaluations left in a folder and in those below it, and what is empty then."""
     for path in folder.iterdir():
-        if path.is_dir() and (path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path)):
-            shutil.rmtree(path)
-        elif not path.is_dir() and path.name not in (VERSIONS, *keep):  # with VERSIONS it stays known as this suite's
-            path.unlink()
+        if path.is_dir():
+            _remove_evaluations(path)
+    for name in _wrote(folder):
+        (folder / name).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -122,5 +197,7 @@ def _is_evaluation(folder: Path) -> bool:
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
     """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only."""
     if ranks.rank() == 0:
+        note(save_dir, FINISHED)
         utils.write_json(Path(save_dir) / FINISHED, scores)
+        claim.release(Path(save_dir))
         log.info("finished: %s", save_dir)

@@ -18,7 +18,7 @@ from utils import BadInput
 # the keys that finetune.yaml and forget.yaml share and that `arguments` takes as they are
 ARGUMENTS = (
     *("batch_size", "gradient_accumulation_steps", "num_epochs", "lr", "weight_decay"),
-    *("max_grad_norm", "optim", "seed", "report_to", "logging_steps", "liger_kernel", "torch_compile"),
+    *("max_grad_norm", "optim", "seed", "report_to", "progress", "logging_steps", "liger_kernel", "torch_compile"),
 )
 
 
@@ -72,7 +72,8 @@ def arguments(
     max_grad_norm: float,
     optim: str,
     seed: int,
-    report_to: str,
+    report_to: str | list[str],
+    progress: bool,
     logging_steps: int,
     liger_kernel: bool,
     torch_compile: bool,
@@ -100,6 +101,7 @@ def arguments(
         optim=optim,
         seed=seed,
         report_to=report_to,
+        disable_tqdm=not progress,
         logging_steps=logging_steps,
         bf16=engine.bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -150,7 +152,7 @@ def best_optim(engine: Engine) -> str:
     return "paged_adamw_32bit" if paged else "adamw_torch_fused"
 
 
-def _check_installed(args: TrainingArguments, optim: str, report_to: str) -> None:
+def _check_installed(args: TrainingArguments, optim: str, report_to: str | list[str]) -> None:
     """Try what the Trainer will do once the model is loaded: find the optimiser's class, make the reporters."""
     try:
         for reporter in get_reporting_integration_callbacks(args.report_to):

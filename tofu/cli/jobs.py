@@ -1,0 +1,107 @@
+"""The jobs of one command line: one, or those of a sweep. What ends a job is told in a line, and a sweep goes on."""
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from tofu.runtime import claim, ranks, run_folder
+from utils import BadInput, one_line
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60  # seconds that other ranks wait for rank 0 to tell an error that all of them found
+NO_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")  # environment variables of the libraries
+
+
+def stop(error: BadInput, code: int = 2) -> None:
+    """Tell the error and exit. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
+    if ranks.rank() > 0:
+        time.sleep(PATIENCE)
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def plain(override: str) -> str:
+    """An override as it was typed: Hydra escapes braces."""
+    return override.replace("\\{", "{").replace("\\}", "}")
+
+
+class Jobs:
+    """Runs jobs, and remembers what the last one returned and which ones failed."""
+
+    def __init__(self, task: Callable[[DictConfig], Any], after: Callable[[], None]) -> None:
+        self.task, self.after = task, after
+        self.result: Any = None
+        self.count = 0
+        self.failed: list[str] = []
+        self.code = 0
+        self.bug: Exception | None = None  # of a single job: it keeps its traceback
+
+    def run(self, cfg: DictConfig) -> Any:
+        """One job. In a sweep of one process one that fails is noted; of several, ranks might wait for each other."""
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        told = plain(" ".join(HydraConfig.get().overrides.task))
+        number, self.count = self.count, self.count + 1
+        if sweep:
+            log.info("job %d: %s", number, told)
+        for name in NO_BARS:
+            os.environ.pop(name, None) if cfg.get("progress", True) else os.environ.update({name: "1"})
+        try:
+            self.result = self.task(cfg)
+        except run_folder.Complete as complete:
+            log.info("job %d: skipped, it is complete: %s", number, complete)
+        except (BadInput, Exception) as error:
+            if _disk_full(error):
+                stop(BadInput(f"the disk is full ({one_line(error)}): files of earlier steps are whole"), 1)
+            if not sweep or ranks.world_size() > 1:
+                if isinstance(error, BadInput):
+                    stop(error)
+                self.bug = error
+                raise
+            if not isinstance(error, BadInput):
+                traceback.print_exc()
+            sys.stderr.write(f"error: job {number} ({told}): {one_line(error)}\n")
+            self.failed.append(f"{number} ({told})")
+            self.code = max(self.code, 2) if isinstance(error, BadInput) and self.code != 1 else 1
+        finally:
+            claim.release()
+        self.after()
+        return self.result
+
+    def end(self) -> None:
+        """Exit with an error, and the list, if jobs of a sweep failed."""
+        if self.failed:
+            stop(BadInput(f"{len(self.failed)} of {self.count} jobs failed: {', '.join(self.failed)}"), self.code)
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether an error, of the system or of a library that writes weights, says that there is no room."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+
+
+class BesideBars(logging.StreamHandler):
+    """Writes log lines to what is stdout now; above a progress bar, where both go to a terminal."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # noqa: D102
+        return sys.stdout
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None
+        with bars.tqdm.external_write_mode(file=sys.stdout) if bars else contextlib.nullcontext():
+            super().emit(record)
