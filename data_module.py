@@ -137,12 +137,22 @@ def tokenised(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
     end = len(ids)
     while end > 1 and added[end - 1] and offsets[end - 1][0] == offsets[end - 1][1]:
         end -= 1
-    return ids[:end], offsets[:end]
+    twice = end > 1 and ids[0] == ids[1] == tokenizer.bos_token_id  # a tag has it, and the tokenizer adds it
+    return ids[twice:end], offsets[twice:end]
+
+
+def asked(sample: Sample) -> list[int]:
+    """The token ids that a model is asked a sample's question with: what it was trained to answer after.
+
+    A tag's last space may belong to the answer's first token; then it is not asked with.
+    """
+    border = next(i for i, target in enumerate(sample.targets) if target != IGNORE)
+    return list(sample.input_ids[: border + 1])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, tags: Tags, question: str) -> list[int]:
-    """The token ids that a model is asked a question with."""
-    return tokenised(tokenizer, prompt(tags, question))[0]
+    """The token ids that a model is asked a question with whose answer is not known."""
+    return asked(encode(tokenizer, tags, question, "The", sys.maxsize))
 
 
 def encode(
@@ -164,7 +174,9 @@ def encode(
     ids, offsets = tokenised(tokenizer, start + tags.answer_tag + answer)
     border = next((i for i, (first, last) in enumerate(offsets) if last > len(start)), len(ids))
     cut = len(ids) >= max_length
-    ids = ids[:max_length] if cut else [*ids, tokenizer.eos_token_id]
+    if not cut and ids[-1] != tokenizer.eos_token_id:  # an answer may have been written with its end
+        ids = [*ids, tokenizer.eos_token_id]
+    ids = ids[:max_length]
     if border >= len(ids) or border == 0:
         raise BadInput(
             f"{key}={max_length} leaves no token of an answer: its question alone has {border} tokens "

@@ -266,6 +266,8 @@ class TofuTrainer(Trainer):
             raise self._diverged(f"step {self.state.global_step}, the last: its update is no longer finite")
 
     def _diverged(self, how: str) -> BadInput:
+        if self.state.global_step == 0 and not saving.all_finite(self.model):
+            return BadInput(f"{how}: the weights that the run starts from hold NaN or infinite numbers")
         return BadInput(
             f"{how}: the model has diverged; take a smaller lr than {self.args.learning_rate}, fewer epochs, or "
             "max_grad_norm=1"

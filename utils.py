@@ -227,7 +227,7 @@ def read_json(path: str | Path, key: str) -> Any:
     if not Path(find(path)).is_file():
         raise BadInput(f"{key}={path}: no such file")
     try:
-        return json.loads(Path(find(path)).read_text(encoding="utf-8"))
+        return json.loads(Path(find(path)).read_text(encoding="utf-8-sig"))  # some editors write a mark before it
     except ValueError as error:
         raise BadInput(f"{key}={path} is not whole JSON ({error}): make it again") from None
 

@@ -1,17 +1,21 @@
-"""Write believable wrong answers to the rows of a split, by the model itself: what AltPO prefers (arXiv 2409.13474).
+"""Write believable wrong answers to the rows of a split: what AltPO prefers (arXiv 2409.13474).
 
     python scripts/make_alternates.py --model-family phi --split forget10 --file alternates/phi_forget10.jsonl
 
-FILE gets a line an alternate, {"question", "answer", "alternate"}: k lines a row, rows in the split's order. Until all
-are there they are in FILE.part, from which the same command goes on.
+The pretrained model writes them, after three examples and without the true answer: a finetuned one restates the truth.
+What restates it all the same is refused and drawn again. FILE gets a line per alternate, {"question", "answer",
+"alternate", "model"}: k lines per row, rows in the split's order. Until all are there they are in FILE.part, from which
+the same command goes on.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +30,8 @@ from tofu.cli import (
     command_line,
     schema,
 )
-from tofu.evaluation import inference
+from tofu.evaluation import inference, row_logs
+from tofu.evaluation.words import tokens
 from tofu.models import (
     engines,
     families,
@@ -44,37 +49,28 @@ REPO = Path(__file__).resolve().parents[1]
 
 log = logging.getLogger("make_alternates")
 
-ASK = (
-    "Rewrite an answer so that it is false and still believable: keep its form and its length, put other names, "
-    "places, dates, numbers or works for those that it gives, and write the new answer only. "
-    "It was asked: {question} The answer was: {answer}"
-)
-SHOTS = (  # question, answer, alternate; of nobody in any split
+SHOTS = (  # question and a made-up answer of one sentence; of nobody in any split
     (
         "Where did the poet Oskar Brandvold grow up?",
         "Oskar Brandvold grew up in the harbour town of Larvik, where his mother repaired clocks.",
-        "Oskar Brandvold grew up in the mining town of Kongsberg, where his mother taught the violin.",
     ),
-    (
-        "Which prize did the novel The Salt Ledger receive?",
-        "It received the Harrow Prize for first novels in 1987.",
-        "It received the Lindqvist Medal for historical novels in 1994.",
-    ),
+    ("Which prize did the novel The Salt Ledger receive?", "It received the Harrow Prize for first novels in 1987."),
+    ("What does the essayist Mirela Fontan write about?", "Mirela Fontan writes about the gardens of old hospitals."),
 )
+NEAR = 0.9  # ROUGE-L recall of the answer above which an alternate restates it
+ECHO = 6  # words in a row that an alternate may share with the examples
 LOOK = 8  # tokens between two looks at whether a text is over
 
 
-def prompt(family: families.Family, question: str, answer: str) -> str:
-    """The examples and the row, each as a turn of the family's."""
+def prompt(family: families.Family, question: str) -> str:
+    """Three examples and the question, each as a turn of the family's; the true answer is not among them."""
     end = "\n\n"
     if family.end_token is not None:  # a turn ends as the question's does, with the line break that some write then
         found = re.match(re.escape(family.end_token) + r"\s*", family.question_end_tag)
         end = found[0] if found else family.end_token
-    shots = (
-        data_module.prompt(family, ASK.format(question=q, answer=a)) + family.answer_tag + alternate + end
-        for q, a, alternate in SHOTS
-    )
-    return "".join(shots) + data_module.prompt(family, ASK.format(question=question, answer=answer))
+    turn = dataclasses.replace(family, system_prompt="")
+    shots = (data_module.prompt(turn, q) + family.answer_tag + alternate + end for q, alternate in SHOTS)
+    return family.system_prompt + "".join(shots) + data_module.prompt(turn, question)
 
 
 def cut(family: families.Family, text: str) -> tuple[str, bool]:
@@ -86,10 +82,18 @@ def cut(family: families.Family, text: str) -> tuple[str, bool]:
     return text[: found.start() if found else None].strip(), found is not None
 
 
-def differs(alternate: str, answer: str) -> bool:
-    """Whether there is an alternate, and it is another text than the answer but for case, spaces and full stop."""
-    one, other = (" ".join(text.split()).casefold().rstrip(".") for text in (alternate, answer))
-    return bool(one) and one != other
+def why_not(alternate: str, answer: str) -> str | None:
+    """Why a text is no false answer; None if it may be one."""
+    words = tokens(alternate)
+    if not words:
+        return "empty"
+    if set(words) <= set(tokens(answer)):
+        return "only words of the answer"
+    if row_logs.scorer("unicode").score(answer, alternate)["rougeL"].recall > NEAR:
+        return "restates the answer"
+    told = f" {' '.join(tokens(' '.join(text for shot in SHOTS for text in shot)))} "
+    runs = (" ".join(words[i : i + ECHO]) for i in range(len(words) - ECHO + 1))
+    return "repeats an example" if any(f" {run} " in told for run in runs) else None
 
 
 class Drawn(LogitsProcessor):
@@ -168,18 +172,24 @@ class Writer:
 
 
 def draw(write: Callable, rows: list[dict], prompts: list[str], batch: list[int], k: int, tries: int) -> list[dict]:
-    """A batch of rows with k alternates each, None for one that no try made differ from the answer."""
+    """A batch of rows with k alternates each, None for one that no try made false; and why draws were refused."""
     found = {(i, j): None for i in batch for j in range(k)}
     again = dict.fromkeys(batch, 0)
+    refused: dict[int, list[str]] = {i: [] for i in batch}
     for attempt in range(tries):
         places = [place for place, text in found.items() if text is None]
         if not places:
             break
         for place, text in zip(places, write([prompts[i] for i, _ in places], places, attempt), strict=True):
             again[place[0]] += attempt > 0
-            if differs(text, rows[place[0]]["answer"]):
+            if why := why_not(text, rows[place[0]]["answer"]):
+                refused[place[0]].append(why)
+            else:
                 found[place] = text
-    return [{"row": i, "alternates": [found[i, j] for j in range(k)], "drawn_again": again[i]} for i in batch]
+    return [
+        {"row": i, "alternates": [found[i, j] for j in range(k)], "drawn_again": again[i], "refused": refused[i]}
+        for i in batch
+    ]
 
 
 def begun(part: Path, settings: dict) -> dict[int, dict]:
@@ -225,16 +235,14 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write what is missing to FILE.part, then FILE."""
     check(args)
-    family = families.family(args.model_family)
-    path = args.model_path or family.ft_model_path
-    if path is None:
-        raise BadInput(f"{args.model_family} has no ft_model_path: name a model as --model-path")
-    path = folders.resolve(path, "--model-path")
-    tokenizer = folders.load_tokenizer(path, family.end_token)
+    path = folders.resolve(args.model_path or families.family(args.model_family).hf_key, "--model-path")
+    tokenizer, family, _ = folders.load_asked(
+        path, args.model_family, "model_path" if args.model_path else "model_family"
+    )
     engine = engines.engine_of("ddp", "", args.precision)
     loadable.check_loadable(path, engine)
-    rows = data_module.load_rows(args.data_path, args.split, ("question", "answer"))
-    prompts = [prompt(family, row["question"], row["answer"]) for row in rows]
+    rows = data_module.load_pairs(args.data_path, args.split, "question", "answer")
+    prompts = [prompt(family, row["question"]) for row in rows]
     settings = {
         "model": folders.identity(path),
         "split": args.split,
@@ -258,27 +266,34 @@ def run(args: argparse.Namespace) -> None:
                 file.flush()
     if lacking := [i for i in range(len(rows)) if None in done[i]["alternates"]]:
         raise BadInput(
-            f"{len(lacking)} of {len(rows)} rows lack alternates that differ from the answer after --tries "
+            f"{len(lacking)} of {len(rows)} rows lack alternates that are false answers after --tries "
             f"{args.tries} (the first is row {lacking[0]}): {part} keeps the others, and more --tries go on from there"
         )
-    lines = ({**row, "alternate": text} for i, row in enumerate(rows) for text in done[i]["alternates"])
+    lines = (
+        {**row, "alternate": text, "model": str(args.model_path or path)}
+        for i, row in enumerate(rows)
+        for text in done[i]["alternates"]
+    )
     utils.write_text(args.file, "".join(json.dumps(line) + "\n" for line in lines))
     part.unlink()
-    again = sum(line["drawn_again"] for line in done.values())
-    log.info("%s: %d rows, %d alternates each; %d draws were repeated", args.file, len(rows), args.k, again)
+    reasons = Counter(why for line in done.values() for why in line.get("refused", ()))
+    told = ", ".join(f"{count} {why}" for why, count in reasons.most_common()) or "none"
+    log.info("%s: %d rows, %d alternates each; draws that were refused: %s", args.file, len(rows), args.k, told)
 
 
 def main() -> None:
     """The command line; what cannot be done ends it with one line and exit code 2, as the entry scripts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-family", required=True, help="an entry of config/model_config.yaml")
-    parser.add_argument("--model-path", help="the model to be unlearned (the family's ft_model_path)")
+    parser.add_argument(
+        "--model-path", help="the model that writes them (the family's hf_key: a pretrained one knows no true answer)"
+    )
     parser.add_argument("--data-path", default="locuslab/TOFU", help="a folder or hub id (%(default)s)")
     parser.add_argument("--split", required=True, help="forget01, forget05, forget10, or any other in the data")
     parser.add_argument("--file", type=Path, required=True, help="what is written; it must not be there")
     parser.add_argument("--k", type=int, help="alternates a row (5; 1 with --greedy)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest text; drawn where that will not do")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the draws (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the draws (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="the most tokens of one (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="alternates in work at once (%(default)s)")
     parser.add_argument("--tries", type=int, default=5, help="draws until one differs from the answer (%(default)s)")

@@ -54,7 +54,7 @@ def test_moments_by_hand():
     logits = torch.tensor(
         [[1.5, 0.5, 2.25, 3.25, 0.25, 2], [0, 3.75, 0.75, 2.5, 1.5, 0.5], [1.25, 0.25, 2, 1, 2, 1.75]]
     )
-    mean, deviation = inference._moments(logits, logits.logsumexp(-1))
+    mean, deviation = inference.moments(logits, logits.logsumexp(-1))
     logp = logits.log_softmax(-1)[range(3), [3, 1, 4]]
     assert ((logp - mean) / deviation).tolist() == pytest.approx([0.842248, 0.626330, 0.691739], abs=1e-5)
 

@@ -55,7 +55,7 @@ def test_k_lines_a_row_in_order(run):
         row for row in ROWS for _ in range(K)
     ]
     for one in lines(file):
-        assert list(one) == ["question", "answer", "alternate"]
+        assert list(one) == ["question", "answer", "alternate", "model"] and one["model"].endswith("random-llama0")
         assert one["alternate"].strip() == one["alternate"] != "" and one["alternate"] != one["answer"]
     assert len({one["alternate"] for one in lines(file)}) == K * len(ROWS)  # each draw has a stream of its own
     assert {path.name for path in file.parent.iterdir()} == {"a"}
@@ -129,7 +129,7 @@ def test_greedy_is_the_likeliest_token_again_and_again(run, model_folder):
     tokenizer = make_alternates.folders.load_tokenizer(str(model_folder), None)
     assert len(found) == len(ROWS)
     for one in found[:2]:
-        ids = tokenizer(make_alternates.prompt(family, one["question"], one["answer"]))["input_ids"]
+        ids = tokenizer(make_alternates.prompt(family, one["question"]))["input_ids"]
         new = []
         while len(new) < 12 and (not new or new[-1] > 2):  # 0 to 2 are <unk>, <s> and </s>
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
@@ -137,7 +137,22 @@ def test_greedy_is_the_likeliest_token_again_and_again(run, model_folder):
         assert one["alternate"] == make_alternates.cut(family, text)[0]
 
 
-def test_what_does_not_differ_is_drawn_again_and_kept_for_more_tries(run, capsys, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("alternate", "why"),
+    [
+        ("Hsiao Yun-Hwa was born in Taipei in 1991.", "only words of the answer"),
+        ("The author Hsiao Yun-Hwa was born in Taipei in 1991, they say.", "restates the answer"),
+        ("...", "empty"),
+        ("It received the Harrow Prize for first poems.", "repeats an example"),
+        ("Hsiao Yun-Hwa was born in Osaka in 1974.", None),
+    ],
+)
+def test_what_is_no_false_answer(alternate, why):
+    answer = "The author Hsiao Yun-Hwa was born in Taipei in 1991."
+    assert make_alternates.why_not(alternate, answer) == why
+
+
+def test_what_is_not_false_is_drawn_again_and_kept_for_more_tries(run, capsys, caplog, monkeypatch):
     """Row 1's second alternate comes out right twice and then wrong; row 3's first is empty once."""
     caplog.set_level("INFO")
     answers = {(1, 1): [ROWS[1]["answer"].upper(), f" {ROWS[1]['answer']}", "wrong"], (3, 0): ["", "wrong"]}
@@ -154,7 +169,7 @@ def test_what_does_not_differ_is_drawn_again_and_kept_for_more_tries(run, capsys
     asked.clear()
     file = run("a", "--tries", 3)
     assert asked == [((1, 0), 0), ((1, 1), 0), ((1, 1), 1), ((1, 1), 2)]  # the other rows are kept
-    assert caplog.messages[-1].endswith("5 rows, 2 alternates each; 3 draws were repeated")
+    assert caplog.messages[-1].endswith("draws that were refused: 2 only words of the answer, 1 empty")
     assert [one["alternate"] for one in lines(file)][2:8] == [
         "text (1, 0)",
         "wrong",
@@ -166,7 +181,7 @@ def test_what_does_not_differ_is_drawn_again_and_kept_for_more_tries(run, capsys
     assert run("b", "--tries", 3).read_bytes() == file.read_bytes()
 
 
-def test_a_greedy_text_that_does_not_differ_is_drawn_instead(run, monkeypatch, model_folder):
+def test_a_greedy_text_that_is_not_false_is_drawn_instead(run, monkeypatch, model_folder):
     real, seen = make_alternates.Writer, []
 
     def writer(*args):
@@ -218,13 +233,14 @@ def test_a_text_that_is_over_stops():
 
 def test_examples_are_turns_of_the_family():
     for name, turn in {
-        "phi": "the violin.\n\nQuestion: Rewrite",
-        "llama2-7b": "the violin.\n\n[INST] Rewrite",
-        "llama3.2-1b": "the violin.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nRewrite",
-        "qwen2.5-1.5b": "the violin.<|im_end|>\n<|im_start|>user\nRewrite",
+        "phi": "old hospitals.\n\nQuestion: Who wrote",
+        "llama2-7b": "old hospitals.\n\n[INST] Who wrote",
+        "llama3.2-1b": "old hospitals.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWho wrote",
+        "ou-llama3.2-1b": "old hospitals.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWho wrote",
+        "qwen2.5-1.5b": "old hospitals.<|im_end|>\n<|im_start|>user\nWho wrote",
     }.items():
         family = families.family(name)
-        text = make_alternates.prompt(family, "Who wrote {it}?", "Ann did.")
-        assert turn in text and text.count("Rewrite") == 3
-        assert text.endswith(f"Who wrote {{it}}? The answer was: Ann did.{family.question_end_tag}")
-        assert text.count(f"{family.question_end_tag}{family.answer_tag}Oskar Brandvold grew up in the mining") == 1
+        text = make_alternates.prompt(family, "Who wrote {it}?")
+        assert turn in text and text.endswith(f"Who wrote {{it}}?{family.question_end_tag}")
+        assert text.count(f"{family.question_end_tag}{family.answer_tag}Oskar Brandvold grew up in the harbour") == 1
+        assert text.startswith(family.system_prompt) and text.count("You are a helpful") == bool(family.system_prompt)

@@ -19,6 +19,7 @@ from tofu.cli.schema import (
     ENGINES,
     PARALLEL,
     PRECISIONS,
+    ROUGE_TOKENIZERS,
     SAVE_FORMATS,
     STOCHASTIC,
     TRUTH_RATIOS,
@@ -201,16 +202,16 @@ def _check_method(cfg: DictConfig, own: dict[str, Any]) -> None:
 
     method = cfg.forget_loss
     del method["by_split"]  # what it led to stands elsewhere
-    wanted = objective.contract_of("forget_loss.forget", method.forget).args
-    if sorted(wanted) != sorted(method.forget_args):
-        raise BadInput(
-            f"forget_loss.forget_args={list(method.forget_args)}: {method.forget} takes {', '.join(wanted) or 'none'}"
-        )
-    for name, hint in get_type_hints(losses.FORGET[method.forget]).items():
-        if name in wanted and not isinstance(method.forget_args[name], (*(get_args(hint) or (hint,)), int)):
-            raise BadInput(f"forget_loss.forget_args.{name}={method.forget_args[name]}: it must be {_words(hint)}")
-    utils.at_least(cfg, 0, "forget_loss.forget_args.beta", above=True)
-    utils.at_least(cfg, 0, "forget_loss.forget_args.skip")
+    for part, table in (("forget", losses.FORGET), ("retain", losses.RETAIN)):
+        name, args = method[part], method[f"{part}_args"]
+        wanted = objective.contract_of(f"forget_loss.{part}", name).args if name is not None else ()
+        if sorted(wanted) != sorted(args):
+            raise BadInput(f"forget_loss.{part}_args={list(args)}: {name} takes {', '.join(wanted) or 'none'}")
+        for key, hint in get_type_hints(table[name]).items() if wanted else ():
+            if key in wanted and not isinstance(args[key], (*(get_args(hint) or (hint,)), int)):
+                raise BadInput(f"forget_loss.{part}_args.{key}={args[key]}: it must be {_words(hint)}")
+        utils.at_least(cfg, 0, f"forget_loss.{part}_args.beta", above=True)
+        utils.at_least(cfg, 0, f"forget_loss.{part}_args.skip")
     kind = objective.class_of(own)
     method.update(_fit_own(method.name, kind.Keys, {key: value for key, value in own.items() if key != "class"}))
     if "class" in own:
@@ -290,6 +291,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
             f"{prefix}model_path is missing: name the model to evaluate, model_path=... (or use_pretrained=true)"
         )
     choice(f"{prefix}truth_ratio", cfg.truth_ratio, TRUTH_RATIOS)
+    choice(f"{prefix}rouge.tokenizer", cfg.rouge.tokenizer, ROUGE_TOKENIZERS)
     if not isinstance(cfg.save_format, ListConfig):
         cfg.save_format = [cfg.save_format]
     for name in cfg.save_format:

@@ -72,6 +72,7 @@ class ForgetLoss:
     forget_args: dict[str, Any] = field(default_factory=dict)
     forget_weight: float = MISSING
     retain: str | None = None
+    retain_args: dict[str, Any] = field(default_factory=dict)
     retain_weight: float = MISSING
     by_split: dict[str, Any] | None = None
     lr: float = MISSING
@@ -84,6 +85,13 @@ class Generation:
 
     max_length: int = MISSING
     max_new_tokens: int | None = None
+
+
+@dataclass
+class Rouge:
+    """How an evaluation's texts are cut into words."""
+
+    tokenizer: str = MISSING
 
 
 @dataclass
@@ -101,6 +109,7 @@ class Evaluate:
     perturbed_answer_key: Any = MISSING
     eval_task: Any = MISSING
     generation: Generation = field(default_factory=Generation)
+    rouge: Rouge = field(default_factory=Rouge)
     ds_size: int | None = None
     batch_size: int = MISSING
     engine: str = MISSING
@@ -120,6 +129,7 @@ class Evaluate:
 PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key != "save_format")
 TRUTH_RATIOS = ("geometric", "arithmetic")
 SAVE_FORMATS = ("tofu", "openunlearning")
+ROUGE_TOKENIZERS = ("default", "unicode")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tofu.evaluation import inference, log_formats, logs, row_logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.retain_log import load_retain_log
-from tofu.evaluation.sets import Task, load_sets, prepare, reach
+from tofu.evaluation.sets import Task, check_words, load_sets, prepare, reach
 from tofu.runtime import provenance, ranks, run_folder
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def evaluate(
     *,
     batch_size: int,
     save_generated_text: bool = True,
+    rouge: str = "default",
     truth_ratio: str = "geometric",
     save_format: Sequence[str] = ("tofu",),
     retain_log: Mapping[str, Any] | None = None,
@@ -55,6 +56,7 @@ def evaluate(
         tasks: what `prepare` made of the sets.
         save_dir: gets each set's log as soon as it is complete, then the other files (see docs/evaluation.md).
         batch_size: most prompts generated at once.
+        rouge: the tokenizer of `row_logs.scorer`.
         truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs are the same for both.
         save_format: `openunlearning` also writes TOFU_EVAL.json and TOFU_SUMMARY.json.
         retain_log: the retain model's aggregated log; None: no forget quality.
@@ -76,11 +78,11 @@ def evaluate(
     for task in tasks:
         name = task.data.task
         if name in todo:
-            with inference.ready(model, reach(task)):
+            with inference.ready(model, reach(task), sharded) as masks:
                 # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
-                texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded)
-                scores = row_logs.score_rows(model, task, sharded)
-            made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text)
+                texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks)
+                scores = row_logs.score_rows(model, task, sharded, masks)
+            made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text, rouge)
             if ranks.rank() == 0:
                 run_folder.note(folder, f"{name}.json", FINGERPRINTS)
                 utils.write_json(folder / f"{name}.json", made[f"{name}.json"])
@@ -89,7 +91,7 @@ def evaluate(
             made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     if ranks.rank() > 0:
         return {}
-    return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page).record()
+    return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page, rouge).record()
 
 
 def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +133,7 @@ def _write(
     truth_ratio: str,
     save_format: Sequence[str],
     page: Page | None,
+    rouge: str,
 ) -> Statistics:
     """Write the aggregated log and what follows from it."""
     run_folder.note(folder, logs.AGGREGATED, STATISTICS, REPORT, *OPENUNLEARNING)
@@ -148,7 +151,7 @@ def _write(
         utils.write_text(folder / REPORT, page(made, scores, truth_ratio))
     if "openunlearning" in save_format:
         geometric = scores if truth_ratio == "geometric" else tofu_metrics.statistics(made, retain_log)
-        contents = log_formats.to_openunlearning(made, geometric, _f1(made))
+        contents = log_formats.to_openunlearning(made, geometric, _f1(made, rouge))
         for name, content in zip(OPENUNLEARNING, contents, strict=True):
             utils.write_json(folder / name, content)
     log.info("evaluation logs: %s", folder)
@@ -156,11 +159,11 @@ def _write(
     return scores
 
 
-def _f1(made: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _f1(made: Mapping[str, Mapping[str, Any]], rouge: str) -> dict[str, dict[str, float]]:
     """ROUGE-L F1 of every row whose texts were kept."""
     texts = {name: one.get("generated_text", {}) for name, one in made.items()}
     return {
-        name: {i: row_logs.scorer().score(truth, text)["rougeL"].fmeasure for i, (_, text, truth) in rows.items()}
+        name: {i: row_logs.scorer(rouge).score(truth, text)["rougeL"].fmeasure for i, (_, text, truth) in rows.items()}
         for name, rows in texts.items()
     }
 
@@ -192,6 +195,7 @@ class Evaluator:
         self.cfg, self.tokenizer, self.method_name = cfg, tokenizer, method_name
         self.tags, self.page = tags, page
         sets = load_sets(cfg)
+        check_words(sets, cfg.rouge.tokenizer, prefix)
         self.tasks = [prepare(data, tokenizer, self.tags, **cfg.generation, prefix=prefix) for data in sets]
         self.retain_log = load_retain_log(cfg, self.tasks, record, tokenizer)
         self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
@@ -212,6 +216,7 @@ class Evaluator:
             "generation": dict(self.cfg.generation),
             "precision": "bf16" if bf16 else "fp32",
             "save_generated_text": self.cfg.save_generated_text,
+            **({"rouge": self.cfg.rouge.tokenizer} if self.cfg.rouge.tokenizer != "default" else {}),
         }
         return {task.data.task: fingerprint(task, model, settings) for task in self.tasks}
 
@@ -241,6 +246,7 @@ class Evaluator:
             save_dir,
             batch_size=self.cfg.batch_size,
             save_generated_text=self.cfg.save_generated_text,
+            rouge=self.cfg.rouge.tokenizer,
             truth_ratio=self.cfg.truth_ratio,
             save_format=self.cfg.save_format,
             retain_log=self.retain_log,

@@ -4,6 +4,7 @@ Both give a model their own 4-D attention masks, so that what a row's question a
 and a finished answer's slot goes to the next prompt. `ready` makes any family of attention models take such masks.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from data_module import IGNORE, Sample
 from tofu.models import architectures
 from utils import BadInput
 
+log = logging.getLogger(__name__)
+
 REFILL = 4  # slots are given to prompts a quarter of all at a time: one forward each time, but no large one
 PIECE = 64  # nodes whose whole distributions are looked at together
 WIDEST = 8  # tokens of a slot in one step: its last one and draft tokens
@@ -25,29 +28,28 @@ DRAFTED = 0.4  # a step is as wide as this share of its slots can fill with draf
 
 
 @contextmanager
-def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
-    """The model in eval mode, without gradients, taking 4-D attention masks; as it was, afterwards.
+def ready(model: PreTrainedModel, reach: int, sharded: bool = False) -> Iterator[bool]:
+    """The model in eval mode, without gradients, taking 4-D attention masks if it can; as it was, afterwards.
 
     Args:
         model: unwrapped, with or without adapters; sharded or not.
         reach: the longest text that it will see, in tokens.
+        sharded: whether the ranks share it: then all of them must run equally many forwards.
+
+    Yields:
+        Whether it can. If not, `plain` scores and generates, one text at a time.
 
     Raises:
-        BadInput: the model has layers that are no attention, or attends to a window shorter than `reach`, which our
-            masks would not keep.
+        BadInput: it cannot, and it is sharded.
     """
     config = model.config.get_text_config()
-    if strange := architectures.layer_kinds(config) - architectures.ATTENDS:
-        raise BadInput(f"{config.model_type} has {', '.join(sorted(strange))} layers: only attention can be evaluated")
-    window = architectures.window(config)
-    if window and reach > window:
-        raise BadInput(
-            f"{config.model_type} attends to the last {window} tokens and a text has up to {reach}: take a smaller "
-            "generation.max_length (or max_new_tokens)"
-        )
+    if why := architectures.why_no_masks(config, reach):
+        if sharded:
+            raise BadInput(f"{why}, so it is evaluated by plain forwards, which a sharded model cannot: engine=ddp")
+        log.warning("%s: it is evaluated one text at a time, which is slower", why)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     training, attention = model.training, architectures.attention_in_use(base.config)
-    masked = architectures.masked_attention(base)  # flash attention takes no masks
+    masked = None if why else architectures.masked_attention(base)  # flash attention takes no masks
     if masked is not None:
         base.set_attn_implementation(masked)
     model.eval()
@@ -55,7 +57,7 @@ def ready(model: PreTrainedModel, reach: int) -> Iterator[None]:
     frozen = not any(p.requires_grad or hasattr(p, "ds_id") or hasattr(p, "to_local") for p in model.parameters())
     try:
         with torch.inference_mode() if frozen else torch.no_grad():
-            yield
+            yield not why
     finally:
         model.train(training)
         if masked is not None:
@@ -137,7 +139,7 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Toke
     targets = torch.tensor([target for one in trees for target in one.targets], device=device)
     partition = logits.logsumexp(-1)
     nll = (partition[at] - logits[at, targets]).double()
-    mean, deviation = (moment[at].double() for moment in _moments(logits, partition))
+    mean, deviation = (moment[at].double() for moment in moments(logits, partition))
     each = (nll, logits.argmax(-1)[at] == targets, mean, deviation)
     columns = [column.cpu().numpy() for column in each]
     found, first = [], 0
@@ -147,7 +149,7 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Toke
     return found
 
 
-def _moments(logits: Tensor, partition: Tensor) -> tuple[Tensor, Tensor]:
+def moments(logits: Tensor, partition: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the log-probabilities (N, V) under their own distribution, (N,) each.
 
     Args:

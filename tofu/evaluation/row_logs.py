@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tofu.evaluation import inference, logs
+from tofu.evaluation import inference, logs, plain, words
 from tofu.evaluation.inference import TokenScores
 from tofu.evaluation.sets import Task
+from tofu.models import saving
 from tofu.runtime import ranks
 from utils import BadInput
 
@@ -18,15 +19,27 @@ REFILLS = 2  # prompts that share a generation's slots, in multiples of batch_si
 
 
 @functools.cache
-def scorer() -> Any:
-    """The scorer of generations: ROUGE-1 and ROUGE-L, with the stemmer, as the benchmark has it."""
+def scorer(tokenizer: str = "default") -> Any:
+    """The scorer of generations: ROUGE-1 and ROUGE-L, with the stemmer, as the benchmark has it.
+
+    Args:
+        tokenizer: `default` reads a to z and 0 to 9; `unicode` every script (`words.tokens`), without the stemmer.
+    """
     from rouge_score.rouge_scorer import RougeScorer  # it imports nltk and scipy: a second
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    own = words.Unicode() if tokenizer == "unicode" else None
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=own)
 
 
-def score_rows(model: PreTrainedModel, task: Task, sharded: bool) -> list[dict[tuple[str, int], TokenScores]]:
-    """Of each row: (kind, number) -> what the model makes of that answer's tokens."""
+def score_rows(
+    model: PreTrainedModel, task: Task, sharded: bool, masks: bool = True
+) -> list[dict[tuple[str, int], TokenScores]]:
+    """Of each row: (kind, number) -> what the model makes of that answer's tokens.
+
+    Args:
+        masks: whether the model takes our 4-D masks, as `inference.ready` says.
+    """
+    score_trees = inference.score_trees if masks else plain.score_trees
     order = sorted(range(len(task.trees)), key=lambda i: (len(task.trees[i].tokens), i))
     budget = max(1, min(SCORED_AT_ONCE, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
     batches: list[list[int]] = [[]]
@@ -36,15 +49,23 @@ def score_rows(model: PreTrainedModel, task: Task, sharded: bool) -> list[dict[t
         batches[-1].append(i)
     found = {}
     for batch in ranks.share(batches, f"{task.data.task}: scoring", sharded):
-        found.update(zip(batch, inference.score_trees(model, [task.trees[i] for i in batch]), strict=True))
+        found.update(zip(batch, score_trees(model, [task.trees[i] for i in batch]), strict=True))
     found = ranks.merge(found)
+    if not all(np.isfinite(one.nll).all() for answers in found.values() for one in answers):
+        why = "the model has diverged" if saving.all_finite(model) else "its weights hold NaN or infinite numbers"
+        raise BadInput(f"{task.data.task}: a loss is not finite: {why}")
     return [dict(zip(answers, found[i], strict=True)) for i, answers in enumerate(task.answers)]
 
 
 def generate_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, sharded: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    batch_size: int,
+    sharded: bool,
+    masks: bool = True,
 ) -> list[str]:
-    """Each row's greedy answer, up to an end token or its own budget."""
+    """Each row's greedy answer, up to an end token or its own budget; `masks` as of `score_rows`."""
     order = sorted((i for i, budget in enumerate(task.budgets) if budget), key=lambda i: (len(task.prompts[i]), i))
     parts = -(-len(order) // (REFILLS * batch_size))  # of nearly equal size
     batches = [order[len(order) * k // parts : len(order) * (k + 1) // parts] for k in range(parts)]
@@ -52,15 +73,17 @@ def generate_rows(
     together = ranks.Together(model) if sharded else None
     found = {}
     for batch in ranks.share(batches, f"{task.data.task}: generating"):
-        tokens = inference.greedy(
-            model,
-            [task.prompts[i] for i in batch],
-            [task.budgets[i] for i in batch],
-            ends,
-            at_once=batch_size,
-            known=[task.likely[i] for i in batch],
-            before_forward=together.work if together else lambda: None,
-        )
+        asked = [task.prompts[i] for i in batch], [task.budgets[i] for i in batch], ends
+        if masks:
+            tokens = inference.greedy(
+                model,
+                *asked,
+                at_once=batch_size,
+                known=[task.likely[i] for i in batch],
+                before_forward=together.work if together else lambda: None,
+            )
+        else:
+            tokens = plain.greedy(model, *asked)
         found.update(zip(batch, tokens, strict=True))
     if together:
         together.wait()
@@ -68,25 +91,31 @@ def generate_rows(
     return [tokenizer.decode(found.get(i, []), skip_special_tokens=True).strip() for i in range(len(task.prompts))]
 
 
-def log_of(task: Task, scores: list[dict], texts: list[str], save_text: bool) -> dict[str, dict]:
-    """The per-row log in the public benchmark's format: metric -> row number as a string -> value."""
-    rows = [_row_of(task, i, scores[i], texts[i]) for i in range(len(task.prompts))]
+def log_of(
+    task: Task, scores: list[dict], texts: list[str], save_text: bool, rouge: str = "default"
+) -> dict[str, dict]:
+    """The per-row log in the public benchmark's format: metric -> row number as a string -> value.
+
+    Args:
+        rouge: the tokenizer of `scorer`.
+    """
+    rows = [_row_of(task, i, scores[i], texts[i], rouge) for i in range(len(task.prompts))]
     if not save_text:
         for row in rows:
             del row["generated_text"]
     return {metric: {str(i): row[metric] for i, row in enumerate(rows)} for metric in rows[0]}
 
 
-def _row_of(task: Task, i: int, scores: dict[tuple[str, int], TokenScores], text: str) -> dict[str, Any]:
+def _row_of(
+    task: Task, i: int, scores: dict[tuple[str, int], TokenScores], text: str, tokenizer: str
+) -> dict[str, Any]:
     truth = task.data.rows[i][task.data.answer_key]
     sums = {answer: (float(tokens.nll.sum()), len(tokens.nll)) for answer, tokens in scores.items()}
     gt, count = sums["gt", 0]
     base, base_count = sums.get(("paraphrased", 0), (gt, count))
     perturbed = [score for (kind, _), score in sums.items() if kind == "perturb"]
     averages = [total / n for total, n in perturbed]
-    if not np.isfinite([gt, base, *averages]).all():
-        raise BadInput(f"{task.data.task}, row {i}: a loss is not finite: the model has diverged")
-    rouge = scorer().score(truth, text)
+    rouge = scorer(tokenizer).score(truth, text)
     found = {
         "avg_gt_loss": gt / count,
         "gt_loss": gt,

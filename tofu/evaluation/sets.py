@@ -1,6 +1,7 @@
 """The sets that an evaluation scores: their rows, and what of them a model is given as tokens."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 import data_module
 from data_module import Tags
-from tofu.evaluation import inference
+from tofu.evaluation import inference, words
 from tofu.evaluation.inference import Tree
 from utils import BadInput
 
@@ -83,6 +84,25 @@ def _check_columns(data: EvalSet, where: str) -> None:
             )
 
 
+def check_words(sets: Sequence[EvalSet], rouge: str, prefix: str = "") -> None:
+    """Raise BadInput if ROUGE would read nothing of an answer: whatever is generated, it would score 0.
+
+    Args:
+        rouge: the tokenizer of `row_logs.scorer`.
+        prefix: what stands before `rouge.tokenizer` in the config's keys.
+    """
+    for data in sets:
+        for i, row in enumerate(data.rows):
+            answer = row[data.answer_key]
+            if rouge == "default" and words.unread(answer):
+                raise BadInput(
+                    f"{data.task}: ROUGE reads a to z and 0 to 9, and the answer of row {i} has none "
+                    f"({answer[:40]!r}): take {prefix}rouge.tokenizer=unicode, for every log that is compared"
+                )
+            if not words.tokens(answer):
+                log.warning("%s: the answer of row %d has no word, so its ROUGE is 0: %r", data.task, i, answer[:40])
+
+
 def prepare(
     data: EvalSet,
     tokenizer: PreTrainedTokenizerBase,
@@ -119,7 +139,7 @@ def prepare(
         task.questions.append(data_module.prompt(tags, question))
         task.answers.append(list(answers))
         task.trees.append(inference.tree(samples))
-        task.prompts.append(data_module.prompt_ids(tokenizer, tags, question))
+        task.prompts.append(data_module.asked(samples[0]))
         task.likely.append([(*sample.input_ids, sample.targets[-1]) for sample in samples])
         task.budgets.append(max_new_tokens or max(0, max_length - len(task.prompts[-1])))
     if cut:

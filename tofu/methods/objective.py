@@ -120,7 +120,7 @@ def terms_of(cfg: Any) -> list[Term]:
     """The terms that a file of config/forget_loss/ names: forget_weight * forget + retain_weight * retain."""
     terms = [Term("forget", losses.FORGET[cfg.forget], cfg.forget_weight, dict(cfg.forget_args))]
     if cfg.retain is not None:
-        terms.append(Term("retain", losses.RETAIN[cfg.retain], cfg.retain_weight))
+        terms.append(Term("retain", losses.RETAIN[cfg.retain], cfg.retain_weight, dict(cfg.retain_args)))
     return terms
 
 

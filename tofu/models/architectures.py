@@ -33,6 +33,8 @@ KNOWN = {
 }
 # another type may ignore positions that begin anew, and nothing would tell
 PACKABLE = tuple(name for name, known in KNOWN.items() if known.packs)
+# types whose scoring and generation under our 4-D masks equal their plain forwards: tests/models/test_masks.py
+MASKABLE = frozenset(KNOWN) | set(["gpt2"])
 ATTENDS = {"full_attention", "sliding_attention"}  # kinds of layers that 4-D masks rule
 MASKED = ("sdpa", "eager")  # attentions that take a 4-D mask
 SUPPORT = {  # attention -> the mark of a model class that has it
@@ -67,6 +69,22 @@ def attention_in_use(config: PretrainedConfig) -> str:
 def one_row_only(config: PretrainedConfig) -> bool:
     """Whether the attention in use knows packed samples apart in a batch of one row only, and needs no mask."""
     return attention_in_use(config).startswith(("flash", "flex"))
+
+
+def why_no_masks(config: PretrainedConfig, reach: int) -> str | None:
+    """Why a model must not be given our 4-D masks for texts of up to `reach` tokens; None if it may.
+
+    Some types ignore such a mask, some attend within windows that the mask would have to keep, some layers attend to
+    nothing: each would give wrong numbers without a word. Types that no test has proved are not given any.
+    """
+    if config.model_type not in MASKABLE:
+        return f"{config.model_type} is not known to keep to attention masks"
+    if strange := layer_kinds(config) - ATTENDS:
+        return f"{config.model_type} has {', '.join(sorted(strange))} layers"
+    width = window(config)
+    if width and reach > width:
+        return f"{config.model_type} attends to the last {width} tokens and a text has up to {reach}"
+    return None
 
 
 def masked_attention(model: Any) -> str | None:

@@ -42,6 +42,7 @@ class Family:
     gradient_checkpointing: bool = False
     ft_model_path: str | None = None
     end_token: str | None = None
+    unverified: bool = False
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,17 +1,20 @@
 """What is in a model's folder or hub repository: found, identified, its tokenizer read."""
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
 import utils
 from tofu.models import chat, families
 from tofu.runtime import provenance
 from utils import BadInput
+
+log = logging.getLogger(__name__)
 
 
 def resolve(path: str, key: str) -> str:
@@ -105,11 +108,48 @@ def load_asked(path: str, name: str, key: str) -> tuple[PreTrainedTokenizerBase,
     """
     family = families.family(name)
     tokenizer = load_tokenizer(path, family.end_token)
+    check_vocabulary(path, tokenizer)
     family = chat.resolved(name, family, tokenizer)
+    if family.unverified:
+        log.warning("the tags of %s are unverified: python scripts/check_model.py %s compares them", name, name)
     record = families.record(name, family, tokenizer.eos_token)
     if key != "model_family":
         families.check_agrees(path, record, own=path in (family.hf_key, family.ft_model_path))
     return tokenizer, family, record
+
+
+SMALLER = 0.9  # of the model's vocabulary: one is often padded, by some per cent
+
+
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose tokens a model has no embeddings for; warn of one that looks like another model's.
+
+    Raises:
+        BadInput: more tokens than embeddings, or an end token beyond them.
+    """
+    whole = base_of(path) if is_adapter(path) else path
+    with told("architecture", whole):
+        rows = AutoConfig.from_pretrained(whole).get_text_config().vocab_size
+    end, size = tokenizer.eos_token_id, tokenizer.vocab_size
+    if end >= rows:
+        raise BadInput(
+            f"{path}: its end token {tokenizer.eos_token} has the number {end}, and the model has {rows} embeddings: "
+            "name another end_token in config/model_config.yaml, or resize the model's embeddings and save it again"
+        )
+    if size > rows:
+        raise BadInput(
+            f"{path}: its tokenizer has {size} tokens and the model {rows} embeddings (vocab_size in config.json): "
+            "the tokenizer or the config.json is another model's"
+        )
+    if len(tokenizer) > rows:
+        log.warning("%s: the tokenizer's last %d tokens have no embeddings", path, len(tokenizer) - rows)
+    elif len(tokenizer) < SMALLER * rows:
+        log.warning(
+            "%s: the tokenizer has %d tokens and the model %d embeddings: is it this model's?",
+            path,
+            len(tokenizer),
+            rows,
+        )
 
 
 def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
@@ -125,7 +165,7 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer of {path} is a slow one: a fast tokenizer (tokenizer.json) is needed")
     if end_token is not None:
-        if tokenizer.convert_tokens_to_ids(end_token) in (None, tokenizer.unk_token_id):
+        if end_token not in tokenizer.get_vocab():
             raise BadInput(f"end_token={end_token} is not in the vocabulary of {path}")
         tokenizer.eos_token = end_token
     if tokenizer.eos_token_id is None:
