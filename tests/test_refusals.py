@@ -18,7 +18,7 @@ PAGE = REPO / "docs" / "refusals.md"
 CASES = [case for cases in refusals.TITLES.values() for case in cases]
 HEAD = """# What is refused
 
-Every bad input ends in one line on stderr and exit code 2, before a model is loaded wherever it can be known by then. No
+Every bad input ends in one line on stderr and exit code 2, before a model is loaded where it can be known by then. No
 folder is left behind. `tests/test_refusals.py` writes this page: it runs each line beside settings that are good.
 """
 LISTS = re.compile(r"(: it may be |one of |there are |it has |: forget.py takes |: take another method).*")
