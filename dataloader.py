@@ -315,8 +315,9 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
     try:
         result = trainer.train()
     finally:
-        run_folder.note(trainer.args.output_dir, "trainer_state.json")
-        trainer.save_state()
+        if trainer.state.log_history:
+            run_folder.note(trainer.args.output_dir, "trainer_state.json")
+            trainer.save_state()
     if hasattr(trainer.model_wrapped, "empty_partition_cache"):  # ZeRO-3 has begun to fetch what no forward came to use
         trainer.model_wrapped.empty_partition_cache()
     trainer.stop_if_weights_not_finite()

@@ -59,7 +59,8 @@ def one(work, script: str, words: str) -> str:
     assert end.value.code == 2, said
     (line,) = [line for line in re.split(r"[\r\n]", said) if line.startswith("error: ")]
     assert "Traceback" not in said
-    assert set(work.iterdir()) == before, "a folder is left behind"
+    left = [str(path.relative_to(work)) for path in set(work.iterdir()) - before]
+    assert not left, [*left, *(path.name for one in left for path in (work / one).iterdir())]
     return line.removeprefix("error: ").replace(f"{work}/", "").replace(str(work), ".")
 
 

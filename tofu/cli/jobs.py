@@ -64,6 +64,8 @@ class Jobs:
         except (BadInput, Exception) as error:
             if _disk_full(error):
                 stop(BadInput(f"the disk is full ({one_line(error)}): files of earlier steps are whole"), 1)
+            if isinstance(error, BadInput):
+                run_folder.undo()
             if not sweep or ranks.world_size() > 1:
                 if isinstance(error, BadInput):
                     stop(error)

@@ -27,7 +27,9 @@ def resolve(path: str, key: str) -> str:
     if utils.is_local(path):
         folder = Path(utils.find(path))
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            _check_files(folder)
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
+        _check_files(folder)
         if is_adapter(str(folder)):
             base = base_of(str(folder))
             resolve(base, f"{folder}/adapter_config.json: base_model_name_or_path")
@@ -40,6 +42,22 @@ def resolve(path: str, key: str) -> str:
         raise BadInput(f"{path} is not built yet: python scripts/make_tiny.py builds it in a few minutes")
     utils.check_hub(path, key, "model", "config.json")
     return path
+
+
+POINTER = b"version https://git-lfs"  # how the file begins that stands for one in Git LFS
+
+
+def _check_files(folder: Path) -> None:
+    """Raise BadInput where a folder's weights are GGUF's or were never fetched."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    for file in weights + [folder / "tokenizer.json"]:
+        if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER):
+            raise BadInput(f"{file} is a Git LFS pointer, no file: git lfs pull (or hf download) fetches what it names")
+    if not weights and any(folder.glob("*.gguf")):
+        raise BadInput(
+            f"{folder} holds its weights in GGUF, which is not trained or scored here: load them with transformers "
+            "(gguf_file=...), dequantised, and save the model"
+        )
 
 
 def identity(path: str, *, random_weights: bool = False) -> str:
@@ -88,9 +106,14 @@ def told(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            raise BadInput(
+                f"{path} needs code of its own (auto_map in its config.json), which is never run here: take a model of "
+                "an architecture that transformers has"
+            ) from None
         todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
-        raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why}): {todo}") from None
+        raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why[:300]}): {todo}") from None
 
 
 def load_asked(path: str, name: str, key: str) -> tuple[PreTrainedTokenizerBase, families.Family, dict[str, str]]:
@@ -129,7 +152,7 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     whole = base_of(path) if is_adapter(path) else path
     with told("architecture", whole):
-        rows = AutoConfig.from_pretrained(whole).get_text_config().vocab_size
+        rows = AutoConfig.from_pretrained(whole, trust_remote_code=False).get_text_config().vocab_size
     end, size = tokenizer.eos_token_id, tokenizer.vocab_size
     if end >= rows:
         raise BadInput(
@@ -152,6 +175,9 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+TOKENIZER = ("tokenizer*", "vocab*", "spiece.model", "*.tiktoken")  # one of these is in every tokenizer's folder
+
+
 def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer in `path`, its `eos_token` the one that ends an answer.
 
@@ -160,8 +186,10 @@ def load_tokenizer(path: str, end_token: str | None) -> PreTrainedTokenizerBase:
     """
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = base_of(path)
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER):
+        raise BadInput(f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json from its base model")
     with told("tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise BadInput(f"the tokenizer of {path} is a slow one: a fast tokenizer (tokenizer.json) is needed")
     if end_token is not None:

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
+import utils
 from tofu.models import architectures
 from tofu.models.engines import Engine
 from tofu.models.folders import base_of, is_adapter, told
@@ -58,6 +60,8 @@ def check_loadable(
     if quantize and (engine.name != "ddp" or adapter):
         what = f"the adapter in {path}" if adapter else f"engine={engine.name}"
         raise BadInput(f"LoRA.quantize={quantize} does not go with {what}: take engine=ddp and a whole model")
+    if adapter:
+        _check_kind(path)
     if adapter and engine.sharded:  # merging needs the whole model
         raise BadInput(
             f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
@@ -65,12 +69,25 @@ def check_loadable(
         )
     whole = base_of(path) if adapter else path
     with told("architecture", whole):
-        config = AutoConfig.from_pretrained(whole)
+        config = AutoConfig.from_pretrained(whole, trust_remote_code=False)
     _check_architecture(config, attention, packing, liger_kernel, states)
-    if weights and getattr(config, "quantization_config", None) is None:  # packed numbers can't be looked at so
+    _check_plain(whole, config)
+    if weights:
         shell = _check_weights(whole)
         if adapter:
             _check_adapter(shell, path)
+
+
+def _check_plain(path: str, config: PretrainedConfig) -> None:
+    """Raise BadInput for weights that were saved in fewer bits: they can't be trained, nor scored as others are."""
+    packed = getattr(config, "quantization_config", None)
+    if packed is None:
+        return
+    method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", None)
+    raise BadInput(
+        f"{path} was saved quantised ({getattr(method, 'value', method)}; quantization_config in its config.json): "
+        "take the model as it was before, or dequantise it and save it"
+    )
 
 
 def _check_architecture(
@@ -109,7 +126,7 @@ def _check_weights(path: str) -> PreTrainedModel:
     try:
         with told("weights", path):
             shell, found = AutoModelForCausalLM.from_pretrained(
-                path, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+                path, device_map="meta", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -117,6 +134,21 @@ def _check_weights(path: str) -> PreTrainedModel:
     if found["unexpected_keys"]:
         log.warning("%s: the model has no place for %s; left out", path, _named(found["unexpected_keys"]))
     return shell
+
+
+PROMPTS = {"PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"}
+
+
+def _check_kind(path: str) -> None:
+    """Raise BadInput for an adapter that is no change of weights: a run loads a whole model."""
+    about = utils.read_json(Path(path) / "adapter_config.json", "adapter")
+    kind = about.get("peft_type")
+    if lost := [key for key in ("peft_type", "r", "lora_alpha") if about.get(key, 1) is None]:
+        raise BadInput(f"{path}/adapter_config.json: {', '.join(lost)} is null: save or copy the adapter again")
+    if kind in PROMPTS:
+        raise BadInput(
+            f"{path} holds an adapter of the kind {kind}, which cannot be merged into its model: take LoRA's"
+        )
 
 
 def _check_adapter(shell: PreTrainedModel, path: str) -> None:

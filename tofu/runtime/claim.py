@@ -12,7 +12,7 @@ from utils import BadInput
 log = logging.getLogger(__name__)
 
 CLAIM = ".claim.json"
-_held: set[Path] = set()  # this process's
+_held: dict[Path, list[Path]] = {}  # this process's: the file, and the folders that were made for it
 
 
 def take(folder: Path) -> None:
@@ -37,7 +37,7 @@ def take(folder: Path) -> None:
         else:
             with os.fdopen(handle, "w") as out:
                 json.dump(ours, out)
-            _held.add(file)
+            _held[file] = []
 
 
 def _look(folder: Path, file: Path, ours: dict) -> None:
@@ -80,14 +80,16 @@ def release(folder: Path | None = None) -> None:
     """Give up this process's claim on a folder; None: all its claims."""
     for file in [file for file in _held if folder is None or file.parent == folder.resolve()]:
         file.unlink(missing_ok=True)
-        _held.discard(file)
+        del _held[file]
 
 
-def make(folder: Path) -> list[Path]:
+def made() -> dict[Path, list[Path]]:
+    """This process's claimed folders that were not there before, each with all that was made, the innermost first."""
+    return {file.parent: folders for file, folders in _held.items() if folders}
+
+
+def make(folder: Path) -> None:
     """Make a folder and claim it.
-
-    Returns:
-        The folders that were not there, the innermost first.
 
     Raises:
         BadInput: see `take`; or it cannot be made.
@@ -95,19 +97,21 @@ def make(folder: Path) -> list[Path]:
     above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not above.is_dir():
         raise BadInput(f"save_dir={folder}: {above} is a file, not a folder: name another save_dir")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folders = [path for path in (folder.resolve(), *folder.resolve().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"save_dir={folder} cannot be made ({error.strerror}): name another save_dir") from None
     take(folder)
-    return made
+    if folders:
+        _held[folder.resolve() / CLAIM] = folders
 
 
-def give_up(folder: Path, made: list[Path]) -> None:
+def give_up(folder: Path) -> None:
     """Release the folder of a run that was refused, and remove what `make` made, unless something was put into it."""
+    folders = made().get(folder.resolve(), [])
     release(folder)
-    for path in made:
+    for path in folders:
         try:
             path.rmdir()
         except OSError:  # another run has begun below it

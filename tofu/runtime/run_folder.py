@@ -96,12 +96,22 @@ def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """Claim a folder for a run that starts inside; where it is refused, nothing is left that was not there."""
-    made = claim.make(folder)
+    claim.make(folder)
     try:
         yield
     except BadInput:
-        claim.give_up(folder, made)
+        claim.give_up(folder)
         raise
+
+
+def undo() -> None:
+    """Remove the folders that this process made for runs that were refused before they wrote more than their config."""
+    ours = {CONFIG, VERSIONS, WRITTEN, claim.CLAIM}
+    for folder in claim.made():
+        if {path.name for path in folder.iterdir()} <= ours:
+            for name in ours - {claim.CLAIM}:
+                (folder / name).unlink(missing_ok=True)
+            claim.give_up(folder)
 
 
 def _in_a_sweep() -> bool:
