@@ -128,13 +128,18 @@ def test_greedy_is_the_likeliest_token_again_and_again(run, model_folder):
     model = make_alternates.loading.load(str(model_folder))
     tokenizer = make_alternates.folders.load_tokenizer(str(model_folder), None)
     assert len(found) == len(ROWS)
-    for one in found[:2]:
+    same = 0
+    for one in found:
         ids = tokenizer(make_alternates.prompt(family, one["question"]))["input_ids"]
         new = []
         while len(new) < 12 and (not new or new[-1] > 2):  # 0 to 2 are <unk>, <s> and </s>
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         text = tokenizer.decode([token for token in new if token > 2])
-        assert one["alternate"] == make_alternates.cut(family, text)[0]
+        greedy = make_alternates.cut(family, text)[0]
+        if make_alternates.why_not(greedy, one["answer"]) is None:  # else it is drawn
+            assert one["alternate"] == greedy
+            same += 1
+    assert same
 
 
 @pytest.mark.parametrize(

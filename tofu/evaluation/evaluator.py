@@ -78,10 +78,7 @@ def evaluate(
     for task in tasks:
         name = task.data.task
         if name in todo:
-            with inference.ready(model, reach(task), sharded) as masks:
-                # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
-                texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks)
-                scores = row_logs.score_rows(model, task, sharded, masks)
+            texts, scores = _run(model, tokenizer, task, batch_size, sharded)
             made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text, rouge)
             if ranks.rank() == 0:
                 run_folder.note(folder, f"{name}.json", FINGERPRINTS)
@@ -92,6 +89,16 @@ def evaluate(
     if ranks.rank() > 0:
         return {}
     return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page, rouge).record()
+
+
+def _run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, sharded: bool
+) -> tuple[list[str], list]:
+    """What the model writes to each row of a set, and its scores of each row's answers."""
+    with inference.ready(model, reach(task), sharded) as masks:
+        # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
+        texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks)
+        return texts, row_logs.score_rows(model, task, sharded, masks)
 
 
 def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:

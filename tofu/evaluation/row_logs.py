@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tofu.evaluation import inference, logs, plain, words
 from tofu.evaluation.inference import TokenScores
 from tofu.evaluation.sets import Task
-from tofu.models import saving
 from tofu.runtime import ranks
 from utils import BadInput
 
@@ -52,6 +51,8 @@ def score_rows(
         found.update(zip(batch, score_trees(model, [task.trees[i] for i in batch]), strict=True))
     found = ranks.merge(found)
     if not all(np.isfinite(one.nll).all() for answers in found.values() for one in answers):
+        from tofu.models import saving  # it imports peft, which takes longer than all else here
+
         why = "the model has diverged" if saving.all_finite(model) else "its weights hold NaN or infinite numbers"
         raise BadInput(f"{task.data.task}: a loss is not finite: {why}")
     return [dict(zip(answers, found[i], strict=True)) for i, answers in enumerate(task.answers)]
