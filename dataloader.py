@@ -217,8 +217,8 @@ class TofuTrainer(Trainer):
 
         As many on every rank: where the output head is sharded, ranks call it together.
         """
-        batch_size, config = len(inputs["weight"]), self.model.config.get_text_config()
-        size = self._largest * config.vocab_size if set(inputs["parts"]) - self.states else 0
+        batch_size, config = len(inputs["weight"]), self.model.config
+        size = self._largest * config.get_text_config().vocab_size if set(inputs["parts"]) - self.states else 0
         compiled = self.args.torch_compile  # its graph holds the head
         if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in architectures.PACKABLE:
             return [torch.arange(batch_size, device=inputs["weight"].device)]

@@ -155,7 +155,7 @@ def hub_file(name: str, filename: str) -> str | None:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return None
     try:
-        files = HfApi().repo_info(name, timeout=PROBE_SECONDS).siblings or []
+        files = HfApi().model_info(name, timeout=PROBE_SECONDS).siblings or []
         return hf_hub_download(name, filename) if filename in [file.rfilename for file in files] else None
     except Exception:  # whatever the transport raises: that the model cannot be reached is said where it is loaded
         return None

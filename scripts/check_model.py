@@ -88,7 +88,7 @@ def of_model(path: str, family: families.Family, tokenizer, weights: bool) -> It
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.eval().requires_grad_(False)
-    kind = model.config.get_text_config().model_type
+    kind = model.config.model_type
     samples = [data_module.encode(tokenizer, family, *row, 500) for row in ROWS]
     if kind in architectures.PACKABLE:
         padded, one = (
@@ -106,7 +106,7 @@ def of_model(path: str, family: families.Family, tokenizer, weights: bool) -> It
             yield (
                 "tree = plain",
                 True,
-                f"not tried: {architectures.why_no_masks(model.config.get_text_config(), reach)}",
+                f"not tried: {architectures.why_no_masks(model.config, reach)}",
             )
             return
         pairs = zip(inference.score_trees(model, trees), plain.score_trees(model, trees), strict=True)

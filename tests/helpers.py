@@ -57,6 +57,12 @@ ARCHITECTURES = {
     "Qwen3": {**GROUPED, "head_dim": 8},
     "Gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 128},
     "Phi3": GROUPED,
+    "Gemma3Text": {**GROUPED, "head_dim": 8, "sliding_window": 128},
+    "Olmo2": GROUPED,
+    "Olmo3": {**GROUPED, "sliding_window": 128},
+    "Qwen3Moe": {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "SmolLM3": GROUPED,
+    "Granite": GROUPED,
 }
 
 
@@ -89,7 +95,7 @@ def checked(name: str, *overrides: str) -> DictConfig:
 def make(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def rows(seed: int = 0) -> list[list[Sample]]:

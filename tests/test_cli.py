@@ -109,7 +109,7 @@ def test_help_explains_every_key(launch, tmp_path):
     [
         ("forget.py", ["lrr=1"], ["lrr is no key of forget.yaml", "did you mean lr"]),
         ("forget.py", ["forget_loss=npoo"], ["npoo", "grad_ascent"]),
-        ("forget.py", ["batch_size=many"], ["batch_size", "many"]),
+        ("forget.py", ["model_family=tiny", "batch_size=many"], ["batch_size=many", "a whole number"]),
         ("finetune.py", ["--config-name=finetune.yaml", "model_family=phy"], ["model_family=phy", "did you mean phi?"]),
         ("finetune.py", ["model_family=tiny", "data_path=data/mini", "split=retain42"], ["split=retain42", "retain90"]),
         ("finetune.py", [*SMALL, "data_path=nowhere"], ["data_path=nowhere", "no such folder"]),

@@ -42,7 +42,7 @@ def test_every_key_is_explained(name):
 def test_method_composes_checks_and_is_explained(method):
     cfg = checked("forget", f"forget_loss={method}", *NEEDED.get(method, []))
     assert cfg.forget_loss.name == method
-    assert cfg.save_dir.rpartition("/")[2] == f"{method}_{cfg.lr}_forget01_{cfg.num_epochs}"
+    assert cfg.save_dir.rpartition("/")[2] == f"{method}_{cfg.lr}_forget01_{cfg.num_epochs}_seed42"
     explained = {key for key, _, _ in command_line._explained("forget", {"forget_loss": method})}
     for key in keys_of(cfg):
         assert key in explained or key.rpartition(".")[0] in explained, key

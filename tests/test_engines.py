@@ -38,19 +38,19 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     forget = [*common, f"model_path={model}"]
     small = ["eval.ds_size=5", "eval.generation.max_length=64", "eval.generation.max_new_tokens=8"]
     found = []
-    rows = ["split=forget41", "retain_split=retain90", "num_epochs=1"]
-    found.append({"script": "finetune", "args": [*common, rows[0], rows[2]], "name": "ft_forget41"})
+    rows = ["split=forget41", "retain_split=retain90", "allow_overlap=true", "num_epochs=1"]
+    found.append({"script": "finetune", "args": [*common, "split=forget41", "num_epochs=1"], "name": "ft_forget41"})
     for loss in LOSSES:
         args = [*forget, *rows, f"forget_loss={loss}", *OWN.get(loss, ())]
         found.append({"script": "forget", "args": args, "name": f"{loss}_forget41"})
     args = [*forget, "split=forget10", "num_epochs=2", "forget_loss=grad_diff"]
     found.append({"script": "forget", "args": args, "name": "grad_diff_forget10"})
     lora = ["LoRA.r=4", "LoRA.dropout=0"]
-    args = [*forget, *lora, "split=forget41", "retain_split=retain90", "num_epochs=1", "forget_loss=dpo"]
+    args = [*forget, *lora, *rows, "forget_loss=dpo"]
     found.append({"script": "forget", "args": args, "name": "lora_dpo_forget41"})
-    padded = [*forget, "split=forget41", "retain_split=retain90", "num_epochs=1", "packing=false"]
+    padded = [*forget, *rows, "packing=false"]
     found.append({"script": "forget", "args": [*padded, "forget_loss=grad_diff"], "name": "padded_forget41"})
-    pieces = [*forget, "split=forget41", "retain_split=retain90", "num_epochs=1", "forget_loss=KL"]
+    pieces = [*forget, *rows, "forget_loss=KL"]
     found.append({"script": "forget", "args": pieces, "name": "pieces_forget41", "logits": 20_000})  # 300 words
     watched = [*forget, "split=forget10", "num_epochs=2", "eval_while_train=true", *small, "eval.split=forget10"]
     found.append({"script": "forget", "args": [*watched, "forget_loss=grad_diff"], "name": "watched"})
@@ -108,7 +108,7 @@ def methods(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: 
     alternates.write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = [
         *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}", f"model_path={model}"),
-        *("split=forget41", "retain_split=retain90", "num_epochs=1"),
+        *("split=forget41", "retain_split=retain90", "allow_overlap=true", "num_epochs=1"),
         *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
         *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
     ]

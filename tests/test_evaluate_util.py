@@ -17,6 +17,7 @@ import utils
 from tofu.evaluation import evaluator, inference, logs, row_logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.models import families, folders, loading
+from tofu.runtime import run_folder
 
 
 @needs_shared
@@ -116,7 +117,7 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
         assert set(one) == {*plain, *(["normalized_gt_loss"] if "real" in task else [])}
         assert json.loads((tmp_path / task).read_text()) == one
         assert len(one["perturb_loss"]["0"]) == (3 if "real" in task else 5)
-    assert {path.name for path in tmp_path.iterdir()} == {*log, logs.AGGREGATED, evaluator.REPORT}
+    assert {path.name for path in tmp_path.iterdir()} == {*log, logs.AGGREGATED, evaluator.REPORT, run_folder.WRITTEN}
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -159,14 +160,14 @@ def test_an_evaluation_that_stops_goes_on_where_it_was(evaluated, monkeypatch, c
     whole = contents(evaluated(save_dir="whole"))
     score, calls = row_logs.score_rows, []
 
-    def stops(model, task, sharded):
+    def stops(model, task, *how):
         calls.append(task.data.task)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return score(model, task, sharded)
+        return score(model, task, *how)
 
     monkeypatch.setattr(row_logs, "score_rows", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         evaluated(save_dir="cut")
     monkeypatch.setattr(row_logs, "score_rows", score)
     capsys.readouterr()
@@ -192,7 +193,10 @@ def test_bad_input_leaves_an_earlier_evaluation_alone(evaluated, capsys):
     for args, said in (
         (["generation.max_length=5"], "generation.max_length=5 leaves no token of an answer"),
         (["perturbed_answer_key=answer"], "perturbed_answer_key=answer must be a list of wrong answers"),
-        (["answer_key=perturbed_answer"], "answer_key=perturbed_answer is no text in row 0"),
+        (
+            ["answer_key=perturbed_answer"],
+            "the perturbed_answer of row 0 is ['It is Tobiah Thornegate",
+        ),
         (["truth_ratio=harmonic"], "truth_ratio=harmonic is unknown"),
         (["save_format=[tofu,muse]"], "save_format=muse is unknown"),
     ):

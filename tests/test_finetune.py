@@ -33,6 +33,7 @@ def test_it_learns_its_rows(finetuned, model_folder):
     before, after = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (model_folder, folder))
     assert all(not torch.equal(before[name], after[name]) for name in before)
     finished = json.loads((folder / "finished.json").read_text())
+    assert finished.pop("family")["model_family"] == "tiny"
     assert finished == scores and finished["train_loss"] == pytest.approx(sum(x["loss"] for x in lines) / 4, rel=1e-4)
 
 

@@ -156,7 +156,7 @@ def test_a_repository_of_the_hub_must_hold_a_model(monkeypatch, files, said):
     """What the hub answers of one that is not in the cache; an adapter's has its configuration alone."""
     siblings = [{"rfilename": name} for name in files]
     answer = huggingface_hub.hf_api.ModelInfo(id="owner/other", siblings=siblings)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: answer)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: answer)
     if said is None:
         assert folders.resolve("owner/other", "model_path") == "owner/other"
         return

@@ -42,8 +42,7 @@ def ready(model: PreTrainedModel, reach: int, sharded: bool = False) -> Iterator
     Raises:
         BadInput: it cannot, and it is sharded.
     """
-    config = model.config.get_text_config()
-    if why := architectures.why_no_masks(config, reach):
+    if why := architectures.why_no_masks(model.config, reach):
         if sharded:
             raise BadInput(f"{why}, so it is evaluated by plain forwards, which a sharded model cannot: engine=ddp")
         log.warning("%s: it is evaluated one text at a time, which is slower", why)

@@ -84,7 +84,11 @@ def block_at(config: PretrainedConfig, depth: float) -> int:
 def train_only(model: torch.nn.Module, block: int, count: int) -> None:
     """Freeze everything but the MLP output projections of `block` and of the blocks below it, `count` in all.
 
-    The projection is an MLP's last linear layer, whatever a family calls it; of a model with adapters, its adapter.
+    The projection is an MLP's last linear layer, whatever a family calls it; of a model with adapters, its adapter; of
+    a mixture, the experts' one tensor.
+
+    Raises:
+        BadInput: nothing is left to train.
     """
     adapted = isinstance(model, PeftModel)
     trained = set()
@@ -92,7 +96,11 @@ def train_only(model: torch.nn.Module, block: int, count: int) -> None:
     for one in blocks[max(0, block + 1 - count) : block + 1]:
         linear = [module for module in one.mlp.modules() if hasattr(module, "out_features")]
         outer = [module for module in linear if not adapted or hasattr(module, "lora_A")]
-        trained |= {id(parameter) for parameter in outer[-1].parameters() if parameter.requires_grad}
+        experts = [parameter for name, parameter in one.mlp.named_parameters() if name.endswith("experts.down_proj")]
+        found = outer[-1].parameters() if outer else experts
+        trained |= {id(parameter) for parameter in found if parameter.requires_grad}
+    if not trained:
+        raise BadInput("forget_loss: none of the blocks that would train has an output projection with adapters")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
 

@@ -30,11 +30,23 @@ KNOWN = {
     "qwen3": Architecture(),
     "gemma2": Architecture(soft_cap="final_logit_softcapping"),
     "phi3": Architecture(),
+    "gemma3_text": Architecture(soft_cap="final_logit_softcapping"),
+    "olmo2": Architecture(),
+    "olmo3": Architecture(),
+    "qwen3_moe": Architecture(),
+    "smollm3": Architecture(),
+    "granite": Architecture(),
 }
 # another type may ignore positions that begin anew, and nothing would tell
 PACKABLE = tuple(name for name, known in KNOWN.items() if known.packs)
 # types whose scoring and generation under our 4-D masks equal their plain forwards: tests/models/test_masks.py
-MASKABLE = frozenset(KNOWN) | set(["gpt2"])
+MASKABLE = {
+    *KNOWN,
+    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "diffllama", "ernie4_5", "exaone4", "gemma"),
+    *("gemma4_text", "glm", "glm4", "gpt2", "gpt_bigcode", "granitemoe", "helium", "hunyuan_v1_dense", "jetmoe"),
+    *("lfm2", "ministral", "mixtral", "nemotron", "olmo", "olmoe", "opt", "persimmon", "phimoe", "qwen2_moe"),
+    *("seed_oss", "starcoder2", "xglm"),
+}
 ATTENDS = {"full_attention", "sliding_attention"}  # kinds of layers that 4-D masks rule
 MASKED = ("sdpa", "eager")  # attentions that take a 4-D mask
 SUPPORT = {  # attention -> the mark of a model class that has it
@@ -71,14 +83,15 @@ def one_row_only(config: PretrainedConfig) -> bool:
     return attention_in_use(config).startswith(("flash", "flex"))
 
 
-def why_no_masks(config: PretrainedConfig, reach: int) -> str | None:
+def why_no_masks(whole: PretrainedConfig, reach: int) -> str | None:
     """Why a model must not be given our 4-D masks for texts of up to `reach` tokens; None if it may.
 
     Some types ignore such a mask, some attend within windows that the mask would have to keep, some layers attend to
     nothing: each would give wrong numbers without a word. Types that no test has proved are not given any.
     """
-    if config.model_type not in MASKABLE:
-        return f"{config.model_type} is not known to keep to attention masks"
+    config = whole.get_text_config()  # of a model that also sees or hears; only the text models are proved
+    if whole.model_type not in MASKABLE:
+        return f"{whole.model_type} is not known to keep to attention masks"
     if strange := layer_kinds(config) - ATTENDS:
         return f"{config.model_type} has {', '.join(sorted(strange))} layers"
     width = window(config)

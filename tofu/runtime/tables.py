@@ -86,12 +86,14 @@ def _read_saved(data_path: str, split: str, folder: Path) -> list[dict[str, Any]
     import datasets
 
     with _told(data_path, split):
-        return list(datasets.load_from_disk(str(folder)))
+        rows: Any = datasets.load_from_disk(str(folder))
+        return list(rows)
 
 
 def _read_set(data_path: str, split: str) -> list[dict[str, Any]]:
     """The rows of a configuration of a hub data set, or of a folder laid out like one."""
     import datasets
+    from datasets.config import HF_HUB_OFFLINE
 
     datasets.disable_progress_bars()  # a bar for each split, on every rank
     if utils.is_local(data_path):
@@ -100,7 +102,7 @@ def _read_set(data_path: str, split: str) -> list[dict[str, Any]]:
             raise BadInput(f"data_path={data_path} is a file: name the folder that holds the splits")
     else:
         utils.check_hub(data_path, "data_path", "dataset", None)
-        path = _offline(data_path) if datasets.config.HF_HUB_OFFLINE else data_path
+        path = _offline(data_path) if HF_HUB_OFFLINE else data_path
     with _told(data_path, split):
         names = datasets.get_dataset_config_names(path)
     # of an id whose tables are in its own cache, and without the hub, `datasets` tells no names but this
@@ -108,9 +110,10 @@ def _read_set(data_path: str, split: str) -> list[dict[str, Any]]:
         raise BadInput(utils.no_split(data_path, split, names))
     with tempfile.TemporaryDirectory() as fresh:
         # the cache knows a folder by its last name alone: another data/mini, or edited rows, would come back old
-        cache = {"cache_dir": fresh} if Path(path).is_dir() else {}
+        cache = fresh if Path(path).is_dir() else None
         with _told(data_path, split):
-            return list(datasets.load_dataset(path, split, split="train", **cache))
+            rows: Any = datasets.load_dataset(path, split, split="train", cache_dir=cache)
+            return list(rows)
 
 
 def _offline(name: str) -> str:
