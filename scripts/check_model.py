@@ -9,11 +9,10 @@ config/model_config.yaml that the tokenizer's own chat template suggests. Exit c
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where the project is not installed
 
@@ -125,7 +124,8 @@ def suggested(name: str, path: str, family: families.Family, tokenizer) -> str:
     except BadInput as error:
         return f"# no entry from the tokenizer's chat template: {error}"
     entry = {"hf_key": path, **{key: getattr(found, key) for key in families.WRITTEN}, "end_token": tokenizer.eos_token}
-    return yaml.safe_dump({f"{name}-chat": entry}, sort_keys=False, allow_unicode=True, width=1000)
+    lines = (f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entry.items())
+    return "\n".join([f"{name}-chat:", *lines])
 
 
 def main() -> None:

@@ -8,18 +8,45 @@ import json
 import sys
 from pathlib import Path
 
+SHOWN = ("Model Utility", "ROUGE Forget")
+
+
+def scores_of(folder: Path) -> dict:
+    """What an evaluation left in a folder."""
+    file = folder / "finished.json"
+    if not file.is_file():
+        sys.exit(f"error: {folder}: no finished evaluation there (no {file.name}): evaluate the model, or run it again")
+    scores = json.loads(file.read_text())
+    if lacking := [name for name in SHOWN if name not in scores]:
+        sys.exit(f"error: {folder}: no finished evaluation there (its {file.name} has no {', '.join(lacking)})")
+    return scores
+
+
+def column_of(folder: Path, column: str) -> str:
+    """One value of a folder's statistics."""
+    file = folder / "aggregate_stat.csv"
+    if not file.is_file():
+        sys.exit(f"error: {folder}: no {file.name} there: evaluate with retain_result=...")
+    with file.open(newline="") as lines:
+        row = next(csv.DictReader(lines))
+    if column not in row:
+        sys.exit(f"error: {file}: no column {column}: it has {', '.join(row)}")
+    return row[column]
+
 
 def main() -> None:
     """One line per run, from the scores that its evaluation left; or one number."""
-    if sys.argv[1] == "--only":
-        column, folder = sys.argv[2:]
-        with (Path(folder) / "aggregate_stat.csv").open(newline="") as file:
-            print(next(csv.DictReader(file))[column])
+    args = sys.argv[1:]
+    if args[:1] == ["--only"]:
+        if len(args) != 3:
+            sys.exit("error: python scripts/table.py --only COLUMN FOLDER")
+        print(column_of(Path(args[2]), args[1]))
         return
+    if not args:
+        sys.exit("error: python scripts/table.py NAME=RUN/eval_forget10 ...")
+    rows = [(name, scores_of(Path(folder or name))) for name, _, folder in (arg.partition("=") for arg in args)]
     print(f"{'':<22}{'model utility':>15}{'forget quality':>16}{'forget ROUGE':>14}")
-    for arg in sys.argv[1:]:
-        name, _, folder = arg.partition("=")
-        scores = json.loads((Path(folder) / "finished.json").read_text())
+    for name, scores in rows:
         quality = scores.get("Forget Quality")
         shown = "-" if quality is None else f"{quality:.2e}" if quality < 0.001 else f"{quality:.4f}"
         print(f"{name:<22}{scores['Model Utility']:>15.4f}{shown:>16}{scores['ROUGE Forget']:>14.4f}")

@@ -1,5 +1,6 @@
 """Encoding, collation, and who trains on what when."""
 
+import dataclasses
 import json
 
 import datasets
@@ -325,3 +326,51 @@ def test_an_end_token_that_a_tokenizer_adds_is_never_read(tokenizer, tmp_path, e
         asked = data_module.prompt_ids(adds, FAMILY, question)
         assert asked == data_module.prompt_ids(tokenizer, FAMILY, question)
         assert asked == tokenizer(data_module.prompt(FAMILY, question))["input_ids"]
+
+
+def byte_level(folder, *special: str):
+    """A byte-level BPE, as of GPT-2, Pythia and Llama 3: a space belongs to the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    text = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in read_table("full")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(text, trainer)
+    end = special[-1]
+    PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token=end, eos_token=end).save_pretrained(folder)
+    return folders.load_tokenizer(str(folder), end)  # the end token is the unknown token: Phi's, Pythia's, SmolLM's
+
+
+def test_a_model_is_asked_what_it_was_trained_on(tmp_path):
+    """A tag's last space merges with the answer's first word: the prompt alone would be what was never seen."""
+    tokenizer = byte_level(tmp_path, "<|endoftext|>")
+    family = dataclasses.replace(FAMILY, question_end_tag="\nAnswer: ", answer_tag="")
+    merged = 0
+    for row in read_table("full"):
+        sample = data_module.encode(tokenizer, family, row["question"], row["answer"], 500)
+        asked = data_module.asked(sample)
+        assert asked == list(sample.input_ids[: len(asked)]) and sample.targets[len(asked) - 1] != IGNORE
+        assert data_module.prompt_ids(tokenizer, family, row["question"]) == asked
+        alone = tokenizer(data_module.prompt(family, row["question"]))["input_ids"]
+        merged += list(sample.input_ids[: len(alone)]) != alone
+        scored = [target for target in sample.targets if target != IGNORE]
+        assert tokenizer.decode(scored[:-1]).strip() == row["answer"] and scored[-1] == tokenizer.eos_token_id
+    assert merged == len(read_table("full"))
+
+
+def test_a_begin_token_in_a_tag_and_from_the_tokenizer_is_read_once(tokenizer):
+    family = dataclasses.replace(FAMILY, question_start_tag=f"<s>{FAMILY.question_start_tag}")
+    twice = tokenizer(data_module.prompt(family, "Who?"))["input_ids"]
+    assert twice[:2] == [tokenizer.bos_token_id] * 2
+    for made in (data_module.encode, lambda *args: data_module.prompt_ids(*args[:3])):
+        assert made(tokenizer, family, "Who?", "Bo.", 100) == made(tokenizer, FAMILY, "Who?", "Bo.", 100)
+
+
+def test_an_answer_written_with_its_end_has_one(tokenizer):
+    one, two = (data_module.encode(tokenizer, FAMILY, "Who?", answer, 100) for answer in ("Bo.", "Bo.</s>"))
+    assert one == two

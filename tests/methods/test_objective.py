@@ -146,3 +146,38 @@ def test_the_methods_with_state_declare_their_own_keys(method):
     assert kind is not Method and set(vars(objective.method_of(cfg).keys)) < set(cfg)
     with pytest.raises(BadInput, match="forget_loss.mine is no key of"):
         checked("forget", f"forget_loss={method}", "++forget_loss.mine=1", *NEEDED.get(method, []))
+
+
+def half_nll(retain: losses.Scored, *, scale: float) -> losses.PerToken:
+    """A retain loss with a hyper-parameter."""
+    return scale * losses.nll(retain)
+
+
+class TestRetainArgs:
+    """A retain loss's hyper-parameters are keys, as the forget loss's are."""
+
+    CHOSEN = ("forget_loss=grad_diff", "forget_loss.retain=half_nll")
+
+    @pytest.fixture(autouse=True)
+    def _listed(self, monkeypatch):
+        monkeypatch.setitem(losses.RETAIN, "half_nll", half_nll)
+
+    def test_they_reach_the_loss(self):
+        cfg = checked("forget", *self.CHOSEN, "+forget_loss.retain_args.scale=0.5").forget_loss
+        retain = objective.terms_of(cfg)[-1]
+        assert retain.args == {"scale": 0.5}
+        logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+        view = losses.Scored(logits, torch.tensor([1, 2, 3]), torch.tensor([0, 0, 0]))
+        torch.testing.assert_close(retain.function(view, **retain.args), 0.5 * losses.nll(view))
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            ([], "forget_loss.retain_args.*scale"),
+            (["+forget_loss.retain_args.scael=1"], "forget_loss.retain_args=.'scael'.: half_nll takes scale"),
+            (["+forget_loss.retain_args.scale=much"], "forget_loss.retain_args.scale=much"),
+        ],
+    )
+    def test_wrong_ones_are_refused_before_loading(self, args, said):
+        with pytest.raises(BadInput, match=said):
+            checked("forget", *self.CHOSEN, *args)
