@@ -198,7 +198,7 @@ TITLES = {
         (F, "--config-name=finetune", "another script's config"),
         (F, "+experiment=tuned", "is unknown"),
         (T, "+experiment=tuned_npo", "forget.py takes them"),
-        (A, "retain_result=null ckpt_result=null", "retain_result is missing"),
+        (A, "retain_result=null ckpt_result=null", "retain_result, ckpt_result are missing: give retain_result=..."),
     ],
     "Values": [
         (F, "lr=0", "it must be above 0"),

@@ -114,7 +114,7 @@ def test_help_explains_every_key(launch, tmp_path):
         ("finetune.py", ["model_family=tiny", "data_path=data/mini", "split=retain42"], ["split=retain42", "retain90"]),
         ("finetune.py", [*SMALL, "data_path=nowhere"], ["data_path=nowhere", "no such folder"]),
         ("finetune.py", ["model_family=llama2-7b", "data_path=data/mini"], ["NousResearch/Llama-2-7b-chat-hf", "hub"]),
-        ("aggregate_eval_stat.py", ["retain_result=x"], ["ckpt_result is missing"]),
+        ("aggregate_eval_stat.py", ["retain_result=x"], ["ckpt_result, method_name"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[-1].split("=")[0],
 )

@@ -104,7 +104,18 @@ def test_evaluation_refuses(override, said):
 
 
 def test_aggregation_names_what_is_missing():
-    assert "ckpt_result is missing" in refused("aggregate_eval_stat", "retain_result=x")
+    told = refused("aggregate_eval_stat", "retain_result=x")
+    assert "ckpt_result, method_name, submitted_by, save_file are missing: give ckpt_result=..." in told
+    assert "ckpt_result is missing" in refused("aggregate_eval_stat", *(f"{key}=x" for key in GIVEN))
+
+
+GIVEN = ("retain_result", "method_name", "submitted_by", "save_file")
+
+
+def test_every_missing_key_of_an_aggregation_is_named():
+    assert refused("aggregate_eval_stat").startswith(
+        "retain_result, ckpt_result, method_name, submitted_by, save_file are"
+    )
 
 
 def test_fsdp_is_taken_with_two_processes(monkeypatch):

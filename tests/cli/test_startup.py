@@ -52,7 +52,10 @@ def start(script: str, *args: str) -> tuple[int, list[str], str]:
             ("evaluate_util.py", "model_path=o/m"),
             "model_family is missing, and model_path=o/m (there is no such folder",
         ),
-        (("aggregate_eval_stat.py", "retain_result=x"), "ckpt_result is missing"),
+        (
+            ("aggregate_eval_stat.py", "retain_result=x"),
+            "ckpt_result, method_name, submitted_by, save_file are",
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
 )

@@ -110,6 +110,9 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def _fit(kind: type, values: dict[str, Any], prefix: str = "") -> None:
     """Raise BadInput unless every value has a place in the dataclass `kind`, and that place's type."""
     hints, typed = get_type_hints(kind), OmegaConf.structured(kind)
+    lost = [f"{prefix}{key}" for key, value in values.items() if value is None and hints.get(key) is str]
+    if len(lost) > 1:
+        raise BadInput(f"{', '.join(lost)} are missing: give {' '.join(f'{key}=...' for key in lost)}")
     for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
         full = f"{prefix}{key}"
         if key not in hints:
