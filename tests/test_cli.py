@@ -37,27 +37,32 @@ def test_a_run_leaves_its_files_and_nothing_else(finetuned):
     assert history["loss"] == pytest.approx(history["forget_loss"] + history["retain_loss"], abs=1e-6)
 
 
-def test_a_run_is_not_replaced_unless_told(finetuned, launch, model_folder):
+def test_a_run_is_not_replaced_unless_told(finetuned, launch, run_script, model_folder, monkeypatch, capsys):
     args = (*SMALL, f"model_path={model_folder}", "split=forget05", "batch_size=4", "gradient_accumulation_steps=1")
-    said = error_of(launch("forget.py", *args, "save_dir=run", cwd=finetuned, check=False))
-    assert "save_dir=run exists" in said and "overwrite_dir=true" in said
-    said = error_of(launch("forget.py", *args, f"save_dir={model_folder.parent}", cwd=finetuned, check=False))
-    assert "which this run reads" in said
+    monkeypatch.chdir(finetuned)
+    for save_dir, told in (
+        ("run", "save_dir=run exists: name another, or overwrite_dir=true"),
+        (model_folder.parent, "reads"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run_script("forget.py", *args, f"save_dir={save_dir}")
+        assert told in capsys.readouterr().err
     launch("forget.py", *args, "save_dir=run", "overwrite_dir=true", "num_epochs=1", cwd=finetuned)
     assert not (finetuned / "run" / "checkpoint-5").exists()
 
 
-def test_evaluate_and_aggregate_with_two_processes(finetuned, launch, model_folder):
+def test_evaluate_and_aggregate_with_two_processes(finetuned, launch, run_script, model_folder, monkeypatch):
     """The four logs are the same on one process and on two; the CSV has the leaderboard's columns."""
     args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "ds_size=5", "split=forget10")
-    launch("evaluate_util.py", *args, "save_dir=one", cwd=finetuned)
+    monkeypatch.chdir(finetuned)
+    run_script("evaluate_util.py", *args, "save_dir=one")
     launch("evaluate_util.py", *args, "save_dir=two", processes=2, cwd=finetuned)
     name = "eval_log_aggregated.json"
     one, two = (json.loads((finetuned / folder / name).read_text()) for folder in ("one", "two"))
     for task, log in one.items():
         assert two[task]["avg_gt_loss"] == pytest.approx(log["avg_gt_loss"], abs=1e-6)
         assert two[task]["generated_text"] == log["generated_text"]
-    launch(
+    run_script(
         "aggregate_eval_stat.py",
         *(
             f"retain_result=one/{name}",
@@ -66,7 +71,6 @@ def test_evaluate_and_aggregate_with_two_processes(finetuned, launch, model_fold
             "submitted_by=me",
             "save_file=out.csv",
         ),
-        cwd=finetuned,
     )
     row = next(csv.DictReader((finetuned / "out.csv").open()))
     assert float(row["Forget Quality"]) > 0.99 and row["Method"] == "m" and len(row) == 16

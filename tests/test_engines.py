@@ -25,20 +25,36 @@ KEYS = {  # what is said on the command line; ds.json is ZeRO-3 that shards even
 OWN = {"pdu": ("forget_loss.dual_warmup_epochs=0", "forget_loss.retain_weight=1")}  # its variable moves at each step
 
 
+UNEVEN = ("split=forget41", "retain_split=retain90", "allow_overlap=true", "num_epochs=1")
+
+
+def common_of(folder: Path, engine: str, cut: tuple[int, int], data: Path) -> list[str]:
+    """What every command line of a launch says."""
+    return [
+        *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}"),
+        *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
+        *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
+    ]
+
+
+def shapes(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
+    """The same steps without packing, and with logits in pieces (300 words a token)."""
+    args = [*common_of(folder, engine, cut, data), f"model_path={model}", *UNEVEN, "forget_loss=KL"]
+    return [
+        {"script": "forget", "args": [*args, "packing=false", f"save_dir={folder / 'padded'}"], "name": "padded"},
+        {"script": "forget", "args": [*args, f"save_dir={folder / 'pieces'}"], "name": "pieces", "logits": 20_000},
+    ]
+
+
 def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
     """Command lines: finetune and each loss with 41 rows, one of them with 40 too, adapters, evaluation at each epoch.
 
     The 41 rows are for the uneven last step, and one epoch has it.
     """
-    common = [
-        *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}"),
-        *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
-        *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
-    ]
-    forget = [*common, f"model_path={model}"]
+    common = common_of(folder, engine, cut, data)
+    forget, rows = [*common, f"model_path={model}"], UNEVEN
     small = ["eval.ds_size=5", "eval.generation.max_length=64", "eval.generation.max_new_tokens=8"]
     found = []
-    rows = ["split=forget41", "retain_split=retain90", "allow_overlap=true", "num_epochs=1"]
     found.append({"script": "finetune", "args": [*common, "split=forget41", "num_epochs=1"], "name": "ft_forget41"})
     for loss in LOSSES:
         args = [*forget, *rows, f"forget_loss={loss}", *OWN.get(loss, ())]
@@ -48,10 +64,6 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     lora = ["LoRA.r=4", "LoRA.dropout=0"]
     args = [*forget, *lora, *rows, "forget_loss=dpo"]
     found.append({"script": "forget", "args": args, "name": "lora_dpo_forget41"})
-    padded = [*forget, *rows, "packing=false"]
-    found.append({"script": "forget", "args": [*padded, "forget_loss=grad_diff"], "name": "padded_forget41"})
-    pieces = [*forget, *rows, "forget_loss=KL"]
-    found.append({"script": "forget", "args": pieces, "name": "pieces_forget41", "logits": 20_000})  # 300 words
     watched = [*forget, "split=forget10", "num_epochs=2", "eval_while_train=true", *small, "eval.split=forget10"]
     found.append({"script": "forget", "args": [*watched, "forget_loss=grad_diff"], "name": "watched"})
     found.append({"script": "forget", "args": [*watched, *lora, "forget_loss=KL"], "name": "lora"})
@@ -100,18 +112,20 @@ def two(request, setting):
     return request.param, launch(setting, request.param, 2, ENGINES[request.param])
 
 
+@pytest.fixture(
+    scope="module", params=["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES if name != "ddp")]
+)
+def shaped(request, setting):
+    return launch(setting, request.param, 2, ENGINES[request.param], shapes)
+
+
 def methods(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
     """Every method, full and with adapters, with 41 rows."""
     rows = read_table("retain90")[:41]
     alternates = folder.parent / "alternates.jsonl"
     lines = [{**row, "alternate": rows[i - 1]["answer"]} for i, row in enumerate(rows)]
     alternates.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = [
-        *("model_family=tiny", "seed=1", "lr=1e-3", f"data_path={data}", f"model_path={model}"),
-        *("split=forget41", "retain_split=retain90", "allow_overlap=true", "num_epochs=1"),
-        *(key.format(folder=folder.parent) for key in KEYS.get(engine, (f"engine={engine}",))),
-        *(f"batch_size={cut[0]}", f"gradient_accumulation_steps={cut[1]}"),
-    ]
+    common = [*common_of(folder, engine, cut, data), f"model_path={model}", *UNEVEN]
     found = []
     for method in METHODS:
         own = [f"forget_loss.alternates={alternates}"] if method == "altpo" else OWN.get(method, ())
@@ -161,15 +175,10 @@ def assert_equal(engine: str, one: Path, folder: Path) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=2e-3, msg=lambda m, k=key, n=name: f"{engine} {n} {k}: {m}")
 
 
-def test_padded_equals_packed(one, two):
-    """Without packing a step's samples are dealt by length: other micro-batches, the same steps."""
-    _, folder = two
-    assert losses_of(folder / "padded_forget41") == pytest.approx(losses_of(one / "grad_diff_forget41"), abs=1e-4)
-
-
-def test_logits_in_pieces_equal_whole_ones(one, two):
-    for folder in (one, two[1]):
-        assert losses_of(folder / "pieces_forget41") == pytest.approx(losses_of(one / "KL_forget41"), abs=1e-4)
+@pytest.mark.parametrize("shape", ["padded", "pieces"])
+def test_other_shapes_are_the_same_steps(one, shaped, shape):
+    """Without packing a step's samples are dealt by length, in other micro-batches."""
+    assert losses_of(shaped / shape) == pytest.approx(losses_of(one / "KL_forget41"), abs=1e-4)
 
 
 def test_evaluation_equals_one_process(one, two):

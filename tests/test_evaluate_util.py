@@ -231,20 +231,25 @@ def test_paraphrased_questions_and_a_set_of_ones_own(evaluated, capsys):
 
 
 @needs_shared
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("golden_bytes", "processes"),
+    [(40, 2), *(pytest.param(300, processes, marks=pytest.mark.slow) for processes in (2, 3))],
+    indirect=["golden_bytes"],
+)
 def test_golden_logs_are_the_same_bytes_on_any_number_of_processes(launch, golden_bytes, tmp_path, processes):
+    ds_size, expected = golden_bytes
     model = SHARED / "golden" / "models" / "tiny-llama"
-    args = ("model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", f"model_path={model}", "save_dir=out")
-    launch("evaluate_util.py", *args, processes=processes, cwd=tmp_path)
-    assert (tmp_path / "out" / logs.AGGREGATED).read_bytes() == golden_bytes
+    args = ("model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", f"model_path={model}", f"ds_size={ds_size}")
+    launch("evaluate_util.py", *args, "save_dir=out", processes=processes, cwd=tmp_path)
+    assert (tmp_path / "out" / logs.AGGREGATED).read_bytes() == expected
 
 
 @pytest.fixture(scope="module")
-def golden_bytes(tmp_path_factory):
-    """The aggregated log of golden model tiny-llama from this one process."""
-    folder = tmp_path_factory.mktemp("golden")
-    evaluate(SHARED / "golden" / "models" / "tiny-llama", SHARED / "tofu", folder, family="llama2-7b", ds_size=300)
-    return (folder / logs.AGGREGATED).read_bytes()
+def golden_bytes(request, tmp_path_factory):
+    """So many rows a set; the aggregated log of golden model tiny-llama from this one process."""
+    folder, model = tmp_path_factory.mktemp("golden"), SHARED / "golden" / "models" / "tiny-llama"
+    evaluate(model, SHARED / "tofu", folder, family="llama2-7b", ds_size=request.param)
+    return request.param, (folder / logs.AGGREGATED).read_bytes()
 
 
 @pytest.mark.slow
