@@ -47,6 +47,7 @@ def slurm(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_two_nodes_share_one_run(slurm, model_folder, tmp_path):
     """A node a process: they meet, and one set of logs comes out that says so."""
     args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "ds_size=3", "split=forget10")
