@@ -1,6 +1,6 @@
 """Make a finetuned model forget one split.
 
-python forget.py model_family=tiny data_path=data/mini split=forget10 forget_loss=grad_diff
+python forget.py model_family=tiny data_path=data/mini split=forget10 forget_loss=grad_diff lr=2e-4 num_epochs=10
 torchrun --nproc_per_node=2 forget.py --config-name=forget.yaml split=forget10 batch_size=4 model_family=phi lr=1e-5
 python forget.py -m forget_loss=grad_ascent,grad_diff,KL split=forget01,forget05,forget10 model_family=phi
 """

@@ -3,8 +3,9 @@
     python scripts/check_model.py FAMILY [--model PATH] [--weights]
 
 Prints a sample token by token, what is scored of it in colour, a line for each check, and the entry of
-config/model_config.yaml that the tokenizer's own chat template suggests. Exit code 1 if a check fails. Without
---weights the architecture is tried with two layers of random weights; --weights loads the real ones.
+config/model_config.yaml that the tokenizer's own chat template suggests. Exit code 1 if a check fails, 2 if there is
+nothing to check. Without --weights the architecture is tried with two layers of random weights; --weights loads the
+real ones.
 """
 
 import argparse
@@ -136,10 +137,11 @@ def main() -> None:
     parser.add_argument("--weights", action="store_true", help="load the real weights")
     args = parser.parse_args()
     try:
-        path = folders.resolve(args.model or families.family(args.family).hf_key, "--model")
+        path = folders.resolve(args.model or families.family(args.family).hf_key, "--model" if args.model else "hf_key")
         tokenizer, family, _ = folders.load_asked(path, args.family, "model_family")
     except BadInput as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     for row in ROWS[::2]:
         print(shown(tokenizer, data_module.encode(tokenizer, family, *row, 500)), end="\n\n")
     failed = False

@@ -235,7 +235,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write what is missing to FILE.part, then FILE."""
     check(args)
-    path = folders.resolve(args.model_path or families.family(args.model_family).hf_key, "--model-path")
+    key = "--model-path" if args.model_path else "hf_key"
+    path = folders.resolve(args.model_path or families.family(args.model_family).hf_key, key)
     tokenizer, family, _ = folders.load_asked(
         path, args.model_family, "model_path" if args.model_path else "model_family"
     )

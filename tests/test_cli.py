@@ -141,6 +141,7 @@ def test_bad_input_is_told_in_one_line(capsys, run_script, monkeypatch, tmp_path
         (["split=forget10", "optim=lomo"], "optim=lomo: You need to install `lomo_optim`"),
         (["split=forget10", "report_to=foo"], "report_to=foo: foo is not supported, only "),
         (["split=forget10", "report_to=swanlab"], "report_to=swanlab: SwanLabCallback requires"),
+        (["split=forget10", "report_to=[swanlab,foo]"], "report_to=['swanlab', 'foo']: "),
         (["split=forget10", "max_length=12"], "max_length=12 leaves no token of an answer"),
         (["split=forget10", "retain_split=retain01", "forget_loss=grad_diff"], "split=retain01 is not in"),
         (

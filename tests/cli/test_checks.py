@@ -223,9 +223,9 @@ def test_a_home_folder_is_found_in_where_to_save(monkeypatch, tmp_path):
 
 
 def test_families_are_typed(monkeypatch):
-    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**families.entries()["phi"], "tag": 1}})
+    broken = OmegaConf.create({"a": {"hf_key": "o/m"}, "b": {**families.entries()["phi"], "anser_tag": ""}})
     monkeypatch.setattr(families, "entries", lambda: broken)
     with pytest.raises(BadInput, match="a has no answer_tag"):
         families.family("a")
-    with pytest.raises(BadInput, match="b: Key 'tag' not in 'Family'"):
+    with pytest.raises(BadInput, match=r"b: anser_tag is no key of a family \(did you mean answer_tag\?"):
         families.family("b")

@@ -1,9 +1,13 @@
 """The command line, in this process; test_cli.py runs the real scripts."""
 
 import logging
+import os
+import pty
+import subprocess
 import sys
 
 import pytest
+from helpers import REPO
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
@@ -229,3 +233,42 @@ def test_only_rank_0_logs(monkeypatch, capsys):
     finally:
         logging.root.handlers[:] = before
         logging.root.setLevel(level)
+
+
+BAR = """
+import logging, tqdm
+from tofu.cli.jobs import BesideBars
+log = logging.getLogger("x")
+log.addHandler(BesideBars())
+for i in tqdm.tqdm(range(3), mininterval=0):
+    log.warning("line %d", i)
+"""
+
+
+def test_on_a_terminal_log_lines_stand_above_the_bar():
+    """Each on a line of its own: the bar is taken away before it and drawn anew after it."""
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, "-c", BAR], stdout=theirs, stderr=theirs, cwd=REPO, close_fds=True)
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # the terminal's other end is closed
+            break
+        if not piece:
+            break
+        said += piece
+    assert child.wait() == 0
+    os.close(ours)
+    for i in range(3):
+        before, _, after = said.decode().partition(f"line {i}")
+        assert before == "" or before[-1] in "\r\n", repr(before[-40:])
+        assert after.startswith("\r\n")
+
+
+def test_progress_false_draws_no_bar(evaluated, capfd):
+    evaluated("overwrite=true")
+    assert "it/s" in capfd.readouterr().err
+    evaluated("overwrite=true", "progress=false")
+    assert "it/s" not in capfd.readouterr().err

@@ -21,7 +21,8 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["check_model.py", *map(str, args)])
         with pytest.raises(SystemExit) as end:
             check_model.main()
-        return end.value.code, capsys.readouterr().out
+        told = capsys.readouterr()
+        return end.value.code, told.out + told.err
 
     return go
 
@@ -74,5 +75,5 @@ def test_the_entry_that_a_chat_template_makes(run, model_folder, tmp_path):
 
 
 def test_a_family_that_is_none(run):
-    code, _ = run("tinny")
-    assert "did you mean tiny?" in str(code)
+    code, told = run("tinny")
+    assert code == 2 and told.startswith("error: ") and "did you mean tiny?" in told

@@ -3,6 +3,7 @@
 Loads no torch.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -15,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
-from utils import BadInput, choice, one_line
+from utils import BadInput, choice, no_key, one_line
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ def family(name: str) -> Family:
         BadInput: no such entry, or one with a missing or unknown key.
     """
     choice("model_family", name, entries())
+    known = [field.name for field in dataclasses.fields(Family)]
+    if unknown := [key for key in entries()[name] if key not in known]:
+        raise BadInput(f"config/model_config.yaml, {name}: {no_key(str(unknown[0]), known, ' of a family')}")
     try:
         found = OmegaConf.merge(OmegaConf.structured(Family), entries()[name])
         if found.chat_template and all(OmegaConf.is_missing(found, key) for key in WRITTEN):

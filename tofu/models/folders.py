@@ -24,6 +24,7 @@ def resolve(path: str, key: str) -> str:
         BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; `key` is the config
             key to name.
     """
+    key = "hf_key" if key == "model_family" else key  # whose value stands in config/model_config.yaml
     if utils.is_local(path):
         folder = Path(utils.find(path))
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):

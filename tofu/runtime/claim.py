@@ -28,7 +28,7 @@ def take(folder: Path) -> None:
     ours["start"] = time.strftime("%Y-%m-%d %H:%M:%S")
     while file not in _held:
         try:
-            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             _look(folder, file, ours)
             file.unlink(missing_ok=True)
