@@ -267,8 +267,8 @@ def test_on_a_terminal_log_lines_stand_above_the_bar():
         assert after.startswith("\r\n")
 
 
-def test_progress_false_draws_no_bar(evaluated, capfd):
-    evaluated("overwrite=true")
-    assert "it/s" in capfd.readouterr().err
-    evaluated("overwrite=true", "progress=false")
-    assert "it/s" not in capfd.readouterr().err
+def test_progress_false_draws_no_bar(launch, model_folder, tmp_path):
+    args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "split=forget10", "ds_size=2")
+    args = (*args, "generation.max_new_tokens=2", "save_dir=out", "overwrite=true")
+    assert "it/s]" in launch("evaluate_util.py", *args, cwd=tmp_path).stderr
+    assert "it/s]" not in launch("evaluate_util.py", *args, "progress=false", cwd=tmp_path).stderr
