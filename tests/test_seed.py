@@ -76,7 +76,7 @@ def test_adapters_of_two_launches(model_folder, tmp_path):
 def test_every_engine(model_folder, tmp_path, engine, processes):
     """ZeRO-3 shards even a tiny model here; fsdp needs two processes."""
     if engine == "fsdp" and processes == 1:
-        pytest.skip("fsdp shards over processes: with one it is refused (tests/test_schema.py)")
+        pytest.skip("fsdp shards over processes: with one it is refused (tests/cli/test_checks.py)")
     config = json.loads((REPO / "config" / "ds_config.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "ds.json").write_text(json.dumps(config))
