@@ -227,7 +227,7 @@ def test_some_of_the_four_sets(model_folder, tmp_path, run_script, monkeypatch):
 
 
 def test_bad_input_is_told_once_by_all_ranks(launch, tmp_path, model_folder):
-    """Found by Hydra, and by the data (four rows, in two processes of eight); check() alone is in cli/test_checks.py."""
+    """Found by Hydra, and by the data (four rows, in two processes of eight); check() alone: cli/test_checks.py."""
     for args, said in (
         (["lrr=1"], "lrr is no key"),
         ([*SMALL, f"model_path={model_folder}", "split=forget01", "num_epochs=1"], "learning rate above 0"),
