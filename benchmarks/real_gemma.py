@@ -6,7 +6,6 @@ greedy answers with `generate`'s, and loss and gradients of packed rows with pad
 """
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
@@ -84,7 +83,7 @@ def main() -> None:
     family = families.family(FAMILY)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     keys = ("question", "answer", "paraphrased_answer", "perturbed_answer")
-    rows = list(itertools.islice(data_module.load_rows("data/mini", "forget10_perturbed", keys), ROWS))
+    rows = data_module.load_rows(str(REPO / "data" / "mini"), "forget10_perturbed", keys, first=ROWS)
     found = scores(model, tokenizer, family, rows)
     exact = scores(model.double(), tokenizer, family, rows)
     found |= {f"{name}, in float64": exact[name] for name in list(exact)[:2]}

@@ -121,13 +121,15 @@ def shaped(request, setting):
 
 
 def methods(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Path) -> list[dict]:
-    """Every method, full and with adapters, with 41 rows."""
+    """Finetuning, and every method, full and with adapters, with 41 rows."""
     rows = read_table("retain90")[:41]
     alternates = folder.parent / "alternates.jsonl"
     lines = [{**row, "alternate": rows[i - 1]["answer"]} for i, row in enumerate(rows)]
     alternates.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = [*common_of(folder, engine, cut, data), f"model_path={model}", *UNEVEN]
-    found = []
+    told = common_of(folder, engine, cut, data)
+    common = [*told, f"model_path={model}", *UNEVEN]
+    args = [*told, "split=forget41", "num_epochs=1", f"save_dir={folder / 'ft_forget41'}"]
+    found = [{"script": "finetune", "args": args, "name": "ft_forget41"}]
     for method in METHODS:
         own = [f"forget_loss.alternates={alternates}"] if method == "altpo" else OWN.get(method, ())
         for kind, lora in (("", ()), ("lora_", ("LoRA.r=4", "LoRA.dropout=0"))):

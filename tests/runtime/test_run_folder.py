@@ -1,6 +1,7 @@
 """Run folders: what may be written where, and what may be removed."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -137,6 +138,7 @@ class TestClaims:
         theirs = {"host": claim.socket.gethostname(), "pid": 1, "born": "-1", "start": "then"}
         (tmp_path / claim.CLAIM).write_text(json.dumps(theirs))
         start(tmp_path)
+        assert json.loads((tmp_path / claim.CLAIM).read_text())["pid"] == os.getpid()
 
     def test_a_refused_run_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run_folder, "_explain", lambda *_: (_ for _ in ()).throw(utils.BadInput("no")))

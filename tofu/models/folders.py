@@ -85,6 +85,7 @@ def identity(path: str, *, random_weights: bool = False) -> str:
 
 
 def is_adapter(path: str) -> bool:
+    """Whether a folder holds an adapter; a hub id never does."""
     return (Path(path) / "adapter_config.json").is_file()
 
 
