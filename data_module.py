@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -183,72 +182,6 @@ def encode(
             f"({question[:60]!r}); raise {key}"
         )
     return Sample(tuple(ids[:-1]), (*[IGNORE] * (border - 1), *ids[border:]), cut)
-
-
-def collate(
-    parts: dict[str, list[Sample]],
-    weights: Sequence[float] | None = None,
-    attended: frozenset[str] = frozenset(),
-    row: int | None = None,
-    states: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """Put all parts' samples into one batch of rows, part after part, for one forward.
-
-    Args:
-        parts: name -> B samples each, the same order of pairs in every part.
-        weights: (B,) 1, or 0 for the fillers of an uneven batch.
-        attended: the parts whose losses score every position read, not only the answer's.
-        row: pack samples end to end into rows of about so many tokens, ONE_ROW into one; None pads each into a row of
-            its own.
-        states: the parts whose losses look at hidden states: `keep` is where their answers' tokens are read, and the
-            end token is read too.
-
-    Returns:
-        input_ids, targets, part, sample (R, T) int64, keep (R, T) bool; R rows, T the longest. `part` numbers `parts`,
-        `sample` is the place in its part; both are -1 at a filler, and row after row, `part` never falls. weight (B,)
-        float32; parts, states: the names. And either attention_mask (R, T) int64, padded; or position_ids (R, T)
-        int64, packed: they begin anew with each sample, and a row's rest is a sample of its own, which is how
-        transformers' masks know samples apart.
-    """
-    rows: list[list[tuple[int, int, Sample]]] = []  # its samples: number of the part, place in it
-    parts = {name: [_ended(s) for s in samples] if name in states else samples for name, samples in parts.items()}
-    for k, samples in enumerate(parts.values()):
-        lengths = [len(sample.input_ids) for sample in samples]
-        dealt = packed(lengths, row) if row else [[i] for i in range(len(samples))]
-        rows += [[(k, i, samples[i]) for i in places] for places in dealt]
-    if row == ONE_ROW:
-        rows = [[one for places in rows for one in places]]
-    width = max(sum(len(sample.input_ids) for *_, sample in places) for places in rows)
-    ids, positions = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(2))
-    targets, part, of = (np.full(ids.shape, value, dtype=np.int64) for value in (IGNORE, -1, -1))
-    for r, places in enumerate(rows):
-        start = 0
-        for k, i, sample in places:
-            at = slice(start, start + len(sample.input_ids))
-            ids[r, at], targets[r, at], part[r, at], of[r, at] = sample.input_ids, sample.targets, k, i
-            positions[r, at] = np.arange(at.stop - start)
-            start = at.stop
-        positions[r, start:] = np.arange(width - start)
-    keep, read = targets != IGNORE, of >= 0  # from lengths: an end token inside a prompt stays visible
-    after = np.roll(keep, 1, 1) & (positions > 0)  # not what the sample before it in the row is scored on last
-    for k, name in enumerate(parts):
-        if name in attended:
-            keep |= part == k
-        if name in states:  # a target is the token that the next position reads
-            keep[part == k] = after[part == k]
-    batch = {"input_ids": ids, "targets": targets, "part": part, "sample": of, "keep": keep}
-    batch |= {"position_ids": positions} if row else {"attention_mask": read.astype(np.int64)}
-    return {
-        **{name: torch.from_numpy(array) for name, array in batch.items()},
-        "weight": torch.tensor([1.0] * len(next(iter(parts.values()))) if weights is None else weights),
-        "parts": tuple(parts),
-        "states": tuple(name for name in parts if name in states),
-    }
-
-
-def _ended(sample: Sample) -> Sample:
-    """The sample with its last target read too, after which nothing is predicted."""
-    return Sample((*sample.input_ids, sample.targets[-1]), (*sample.targets, IGNORE), sample.cut)
 
 
 def packed(lengths: Sequence[int], row: int) -> list[list[int]]:

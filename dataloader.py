@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from data_module import IGNORE, ONE_ROW, EpochLoader, GlobalBatches, Sample, collate
+from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample
 from tofu.methods import objective
 from tofu.methods.objective import Method, Term
-from tofu.models import architectures, forward, saving
+from tofu.models import architectures, batches, forward, saving
 from tofu.models.views import Scored, States
-from tofu.runtime import run_folder
+from tofu.runtime import cards, ranks, run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,9 @@ def row_of(config: PretrainedConfig) -> int:
     return ONE_ROW if architectures.one_row_only(config) else ROW
 
 
-def answered(view: Scored) -> Scored:
-    """The completion positions of a view that holds all attended ones, because another term reads them."""
-    scored = view.labels != IGNORE
-    return Scored(view.logits[scored], view.labels[scored], view.sample[scored])
+def chosen(view: Scored, at: Tensor, lengths: tuple[int, ...]) -> Scored:
+    """Some positions of a view, so many of each sample."""
+    return Scored(view.logits[at], view.labels[at], view.sample[at], lengths)
 
 
 class TofuTrainer(Trainer):
@@ -79,6 +78,8 @@ class TofuTrainer(Trainer):
         )
         self.gradient_norms = gradient_norms
         super().__init__(data_collator=self._collate, **kwargs)
+        if self.accelerator.ddp_handler is not None:  # else DDP holds a second copy of the gradients
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.method.tensors = {name: tensor.to(self.args.device) for name, tensor in self.method.tensors.items()}
         self._running: dict[str, Tensor] = {}  # since the last line of the log
         self._step: dict[str, Tensor] = {}  # since the last optimiser step
@@ -86,9 +87,9 @@ class TofuTrainer(Trainer):
         self._norms: dict[str, float] = {}
         self._last_logged = 0
         self._micro_batches = 1  # of the optimiser step at hand
-        self._largest = 0  # scored positions in any rank's largest micro-batch of that step
+        self._sound = True  # whether the weights that the run starts from are finite
         self.tokens = 0.0
-        self.add_callback(EachStep(self._after_step))
+        self.add_callback(EachStep(self))
 
     @property
     def terms(self) -> list[Term]:
@@ -98,10 +99,25 @@ class TofuTrainer(Trainer):
     def _collate(self, items: list[tuple[dict[str, Sample], float]]) -> dict[str, Any]:
         names = objective.parts_of(self.terms)
         parts = {name: [parts[name] for parts, _ in items] for name in names}
-        batch = collate(parts, [weight for _, weight in items], self.attended, self.row, self.states)
+        weights, to = [weight for _, weight in items], cards.round_to(self.args.device)
+        batch = batches.collate(parts, weights, self.attended, self.row, self.states, to)
         for name in {name for term in self.terms for name, kind in term.contract.refs.items() if kind == "logp"}:
             batch[name] = torch.tensor([self.logps[sample] for sample in parts[name.removeprefix("ref_")]])
+        # how many terms of each kind it holds, fillers not counted; here, where a loader's process may do it
+        batch["terms"] = [
+            float(objective.weights_of(term, self._samples(term, batch), batch["weight"]).sum()) for term in self.terms
+        ]
         return batch
+
+    def _samples(self, term: Term, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Part -> the sample of each position that a term scores."""
+        found = {}
+        for name, kind in term.contract.parts.items():
+            block = batch["blocks"][name]
+            found[name] = batch["sample"][slice(*block.scored)]
+            if kind == "completion" and name in self.attended:
+                found[name] = found[name][batch["answers"][slice(*block.answers)]]
+        return found
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's share of every global micro-batch. Not given to accelerate, whose even_batches repeats rows."""
@@ -122,61 +138,67 @@ class TofuTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """(terms,) how many terms of each kind the step's global batch holds, fillers not counted; at least 1."""
-        counts = torch.zeros(len(self.terms) + 2, dtype=torch.float64)
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, on a batch that a GPU need not wait for."""
+        return super().training_step(model, ranks.to_device(inputs, self.args.device), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> list[float]:
+        """(terms,) how many terms of each kind the step's global batch holds, fillers not counted; at least 1.
+
+        On the host, as all that is known of a batch before its forward: what a rank reads for it, and in which pieces.
+        """
         self._micro_batches = len(batch_samples)
+        counts = [sum(of) for of in zip(*(batch["terms"] for batch in batch_samples), strict=True)]
+        tokens, largest = sum(batch["tokens"] for batch in batch_samples), max(len(b["at"]) for b in batch_samples)
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([*counts, tokens, largest], dtype=torch.float64, device=device)
+            every = self.accelerator.gather(own[None]).tolist()
+            *counts, tokens = (sum(of) for of in list(zip(*every, strict=True))[:-1])
+            largest = int(max(of[-1] for of in every))
+        self.tokens += tokens
         for batch in batch_samples:
-            number = {name: i for i, name in enumerate(batch["parts"])}
-            for k, term in enumerate(self.terms):
-                of = {}
-                for name, kind in term.contract.parts.items():
-                    scored = batch["keep"] & (batch["part"] == number[name])
-                    if kind == "completion":
-                        scored &= batch["targets"] != IGNORE
-                    of[name] = batch["sample"][scored]
-                counts[k] += float(objective.weights_of(term, of, batch["weight"]).sum())
-            read = batch["sample"][batch["sample"] >= 0]
-            counts[-2] += float(batch["weight"][read].sum())
-            counts[-1] = max(float(counts[-1]), float(batch["keep"].sum()))
-        every = self.accelerator.gather(counts[None].to(device))
-        self.tokens += float(every[:, -2].sum())
-        self._largest = int(every[:, -1].max())
-        return every[:, :-2].sum(0).clamp(min=1)  # a term may skip all tokens of a step; its sum is 0
+            batch["pieces"] = self._pieces(batch, largest)
+        return [max(count, 1.0) for count in counts]  # a term may skip all tokens of a step; its sum is 0
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: list[float] | None = None,
     ) -> Tensor | tuple[Tensor, None]:
         """The objective's share of this micro-batch: one forward, then the terms."""
-        pieces = self._pieces(inputs)
-        views = self._reference_views(model, inputs, len(pieces) > 1)
-        views |= forward.score(model, inputs, headless=len(pieces) > 1, block=self.method.block)
-        if len(pieces) == 1:
-            sums = self._sums(views, inputs["weight"])
+        pieces = inputs["pieces"]
+        views = self._reference_views(model, inputs, bool(pieces))
+        views |= self._score(model, inputs, headless=bool(pieces))
+        if not pieces:
+            blocks = {name: inputs["blocks"][name] for name in self.attended}
+            answers = {
+                name: (inputs["answers"][slice(*one.answers)], one.answer_lengths) for name, one in blocks.items()
+            }
+            sums = self._sums(views, inputs["weight"], answers)
         else:
-            each = lambda piece: self._sums(self._headed(model, views, piece), inputs["weight"][piece])  # noqa: E731
-            sums = sum(checkpoint(each, piece, use_reentrant=False) for piece in pieces)
+            sums = sum(checkpoint(self._piece_sums, model, views, inputs, at, use_reentrant=False) for at in pieces)
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         total, shares, weighted = 0.0, {}, {}
         for k, term in enumerate(self.terms):
-            share = (sums[k] / num_items_in_batch[k]).float() * self.accelerator.num_processes
+            share = (sums[k].double() / num_items_in_batch[k]).float() * self.accelerator.num_processes
             shares[term.name] = share.detach()
             weight = self.method.term_weight(term, progress)
             weighted[term.name] = weight * share
             # each micro-batch of the step takes its part of the constant
             bound = weight * term.bound / self._micro_batches if term.bound else 0.0
             total = total + weighted[term.name] - bound
-        self._stop_if_not_finite(shares)
         for kept in (self._running, self._step):
             for name, share in shares.items():
                 kept[name] = kept.get(name, 0.0) + share
         if self.gradient_norms:
             self._note_gradients(model, weighted)
         return (total, None) if return_outputs else total
+
+    def _score(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        compiled = self.args.torch_compile and model is not self.reference
+        return forward.score(model, inputs, *args, block=self.method.block, compiled=compiled, **kwargs)
 
     def _note_gradients(self, model: torch.nn.Module, weighted: dict[str, Tensor]) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -186,7 +208,23 @@ class TofuTrainer(Trainer):
             for total, gradient in zip(kept, found, strict=True):
                 total.add_(gradient)
 
-    def _after_step(self) -> None:
+    def before_training(self) -> None:
+        """On every rank, before the first step."""
+        self._sound = saving.all_finite(self.model)
+
+    def before_update(self) -> None:
+        """After a step's last backward pass, on every rank: stop the run if a term is not finite on any of them.
+
+        Raises:
+            BadInput: with the step, the term and the remedy; nothing has been written of it yet.
+        """
+        bad = torch.stack([(~share.isfinite()).float() for share in self._step.values()])
+        for name, count in zip(self._step, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
+            if count:
+                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and reports
+                raise self._diverged(f"step {self.state.global_step + 1}: the {name} term is no longer finite")
+
+    def after_step(self) -> None:
         """After each optimiser step, on every rank."""
         if objective.overrides(self.method, "after_step"):
             means = self.accelerator.reduce(torch.stack([share.reshape(()) for share in self._step.values()]), "mean")
@@ -197,62 +235,69 @@ class TofuTrainer(Trainer):
             self._norms[f"{name}_grad_norm"] = float(whole.norm())
         self._step, self._gradients = {}, {}
 
-    def _sums(self, views: dict[str, Scored | Tensor], weight: Tensor) -> Tensor:
-        """(terms,) the sum of each term's values over the samples of these views; `weight` (B,) is theirs."""
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """None where gradients are not clipped: their norm alone is a pass over all of them in every step."""
+        return super()._get_grad_norm(model, grad_norm) if self.args.max_grad_norm > 0 else None
+
+    def _sums(self, views: dict[str, Scored | Tensor], weight: Tensor, answers: dict[str, tuple]) -> Tensor:
+        """(terms,) the sum of each term's values over the samples of these views.
+
+        Args:
+            weight: (B,) of the samples.
+            answers: of each attended part what `chosen` takes.
+        """
         sums = []
         for term in self.terms:
             contract = term.contract
             given = {}
             for name, kind in {**contract.parts, **contract.refs}.items():
-                more = kind == "completion" and name.removeprefix("ref_") in self.attended
-                given[name] = answered(views[name]) if more else views[name]
+                part = name.removeprefix("ref_")
+                more = kind == "completion" and part in self.attended
+                given[name] = chosen(views[name], *answers[part]) if more else views[name]
             given |= {name: self.method.tensors[name] for name in contract.supplied}
             values = term.function(**given, **term.args)
-            of = {name: given[name].sample for name in contract.parts}
-            sums.append((values * objective.weights_of(term, of, weight)).sum())
+            of, lengths = (
+                {name: getattr(given[name], key) for name in contract.parts} for key in ("sample", "lengths")
+            )
+            sums.append((values * objective.weights_of(term, of, weight, lengths)).sum())
         return torch.stack(sums)
 
-    def _pieces(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The places of a micro-batch's samples, in as many pieces as keep each piece's logits at about LOGITS.
+    def _pieces(self, batch: dict[str, Any], largest: int) -> list[dict[str, Any]]:
+        """A batch's samples in as many pieces as keep each piece's logits at about LOGITS; none: they need no cutting.
 
         As many on every rank: where the output head is sharded, ranks call it together.
-        """
-        batch_size, config = len(inputs["weight"]), self.model.config
-        size = self._largest * config.get_text_config().vocab_size if set(inputs["parts"]) - self.states else 0
-        compiled = self.args.torch_compile  # its graph holds the head
-        if size <= LOGITS or batch_size == 1 or compiled or config.model_type not in architectures.PACKABLE:
-            return [torch.arange(batch_size, device=inputs["weight"].device)]
-        return list(torch.arange(batch_size, device=inputs["weight"].device).chunk(-(-size // LOGITS)))
 
-    def _headed(self, model: torch.nn.Module, views: dict[str, Scored | Tensor], piece: Tensor) -> dict[str, Any]:
-        """The views of some samples, their logits made of what `forward.score` left without the head."""
+        Args:
+            largest: scored positions in any rank's largest micro-batch of the step.
+        """
+        config = self.model.config
+        size = largest * config.get_text_config().vocab_size if set(batch["parts"]) - self.states else 0
+        compiled = self.args.torch_compile  # its graph holds the head
+        if size <= LOGITS or len(batch["weight"]) == 1 or compiled or config.model_type not in architectures.PACKABLE:
+            return []
+        return batches.pieces(batch, -(-size // LOGITS), self.attended)
+
+    def _piece_sums(self, model: Any, views: dict[str, Any], inputs: dict[str, Any], piece: dict[str, Any]) -> Tensor:
+        """`_sums` of some samples, their logits made of what `forward.score` left without the head."""
         autocast, found = self.args.bf16 and self.args.deepspeed is None, {}
+        first, last = piece["samples"]
         for name, view in views.items():
             if isinstance(view, Tensor):
-                found[name] = view[piece]
+                found[name] = view[first:last]
                 continue
-            its = torch.isin(view.sample, piece)
+            at = piece["at"][name.removeprefix("ref_")]
+            about = view.sample[at] - first, view.lengths[first:last]
             if isinstance(view, States):
-                found[name] = States(view.states[its], view.sample[its] - piece[0])
+                found[name] = States(view.states[at], *about)
                 continue
-            cut = Scored(view.logits[its], view.labels[its], view.sample[its] - piece[0])
+            cut = Scored(view.logits[at], view.labels[at], *about)
             reference = name.startswith("ref_")
             source = self.reference if reference and self.reference is not None else model
             with torch.no_grad() if reference else contextlib.nullcontext():
                 found[name] = forward.headed(source, cut, autocast)
-        return found
-
-    def _stop_if_not_finite(self, shares: dict[str, Tensor]) -> None:
-        """Stop the run on all ranks if a term is NaN or infinite on any; nothing has been written of it yet.
-
-        Raises:
-            BadInput: with the step, the term and the remedy.
-        """
-        bad = torch.stack([(~share.isfinite()).float() for share in shares.values()])
-        for name, count in zip(shares, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
-            if count:
-                self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and reports
-                raise self._diverged(f"step {self.state.global_step + 1}: the {name} term is no longer finite")
+        lengths = {name: inputs["blocks"][name].answer_lengths[first:last] for name in self.attended}
+        answers = {name: (piece["answers"][name], lengths[name]) for name in self.attended}
+        return self._sums(found, inputs["weight"][first:last], answers)
 
     def stop_if_weights_not_finite(self) -> None:
         """Stop the run on all ranks if a weight is NaN or infinite on any: no loss is taken after the last update.
@@ -266,7 +311,7 @@ class TofuTrainer(Trainer):
             raise self._diverged(f"step {self.state.global_step}, the last: its update is no longer finite")
 
     def _diverged(self, how: str) -> BadInput:
-        if self.state.global_step == 0 and not saving.all_finite(self.model):
+        if not self._sound:
             return BadInput(f"{how}: the weights that the run starts from hold NaN or infinite numbers")
         return BadInput(
             f"{how}: the model has diverged; take a smaller lr than {self.args.learning_rate}, fewer epochs, or "
@@ -284,18 +329,19 @@ class TofuTrainer(Trainer):
             return known
         live = {name.removeprefix("ref_") for name in refs if name not in known}
         if self.reference is not None:
-            views = forward.score(self.reference, inputs, live, headless=headless, block=self.method.block)
+            views = self._score(self.reference, inputs, live, headless=headless)
         else:
             with forward.adapter_off(model):
-                views = forward.score(model, inputs, live, headless=headless, block=self.method.block)
+                views = self._score(model, inputs, live, headless=headless)
         return known | {name: views[name.removeprefix("ref_")] for name in refs if name not in known}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, each a mean over the steps since the last line, to the Trainer's own numbers."""
         if "loss" in logs and len(self.terms) > 1:
             steps = max(1, self.state.global_step - self._last_logged)
-            for name, running in self._running.items():
-                logs[f"{name}_loss"] = float(self.accelerator.gather(running.reshape(1)).mean()) / steps
+            running = torch.stack([one.reshape(()) for one in self._running.values()])
+            means = self.accelerator.gather(running[None]).mean(0).tolist()
+            logs |= {f"{name}_loss": mean / steps for name, mean in zip(self._running, means, strict=True)}
         if "loss" in logs:
             self._running, self._last_logged = {}, self.state.global_step
             logs["tokens"] = int(self.tokens)
@@ -325,13 +371,19 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
 
 
 class EachStep(TrainerCallback):
-    """Calls `act()` on every rank after each optimiser step."""
+    """Calls a `TofuTrainer`'s own hooks, on every rank."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
-        self.act = act
+    def __init__(self, trainer: TofuTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:  # noqa: D102
+        self.trainer.before_training()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:  # noqa: D102
+        self.trainer.before_update()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
-        self.act()
+        self.trainer.after_step()
 
 
 class EachEpoch(TrainerCallback):

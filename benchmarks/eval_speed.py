@@ -28,7 +28,7 @@ from transformers.utils import logging as library_logging
 
 import data_module
 from tofu.evaluation import evaluator, inference, row_logs, sets
-from tofu.models import families, folders, loading
+from tofu.models import batches, families, folders, loading
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -91,7 +91,8 @@ def plain_scoring(model, tokenizer, chosen, width: int | None) -> Scores:
                     )
                     for row in rows
                 ]
-                batch = data_module.collate({"x": samples})
+                batch = batches.collate({"x": samples})
+                batch["targets"] = batches.targets_of(batch)
                 short = 0 if width is None else width - batch["input_ids"].shape[1]
                 ids, mask, targets = (
                     F.pad(batch[key], (0, short), value=value)

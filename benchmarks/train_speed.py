@@ -36,7 +36,7 @@ import data_module
 import dataloader
 from tofu.cli import schema
 from tofu.methods import objective, references
-from tofu.models import families, folders
+from tofu.models import batches, families, folders
 from tofu.runtime import ranks
 
 SIZES = {  # hidden, layers, heads, key-value heads, intermediate
@@ -67,7 +67,8 @@ class Plain(dataloader.TofuTrainer):
     def _collate(self, items):
         batch = {}
         for name in objective.parts_of(self.terms):
-            one = data_module.collate({name: [parts[name] for parts, _ in items]})
+            one = batches.collate({name: [parts[name] for parts, _ in items]})
+            one["targets"] = batches.targets_of(one)
             short = 0 if self.width is None else self.width - one["input_ids"].shape[1]
             batch[name] = {
                 key: F.pad(one[key], (0, short), value=value)

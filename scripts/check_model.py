@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where the project is not installed
 
 import data_module
-from data_module import IGNORE, ONE_ROW, Sample, collate
-from tofu.models import architectures, chat, families, folders
+from data_module import IGNORE, ONE_ROW, Sample
+from tofu.models import architectures, batches, chat, families, folders
 from utils import BadInput
 
 ROWS = (
@@ -92,7 +92,7 @@ def of_model(path: str, family: families.Family, tokenizer, weights: bool) -> It
     samples = [data_module.encode(tokenizer, family, *row, 500) for row in ROWS]
     if kind in architectures.PACKABLE:
         padded, one = (
-            losses.sequence_logp(forward.score(model, collate({"forget": samples}, row=row))["forget"])
+            losses.sequence_logp(forward.score(model, batches.collate({"forget": samples}, row=row))["forget"])
             for row in (None, ONE_ROW)
         )
         worst = float((padded - one).abs().max()) / min(len(sample.targets) for sample in samples)

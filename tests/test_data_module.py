@@ -13,7 +13,7 @@ import data_module
 import utils
 from data_module import IGNORE, GlobalBatches, Sample, Slot, TrainingSet
 from tofu.methods import altpo
-from tofu.models import families, folders, forward, loading
+from tofu.models import batches, families, folders, forward, loading
 from utils import BadInput
 
 FAMILY = families.family("tiny")
@@ -52,34 +52,54 @@ def test_encode_refuses_a_prompt_without_room(tokenizer):
         data_module.encode(tokenizer, FAMILY, "Who is this?", "Bo.", 5)
 
 
+def places(batch):
+    """Of each scored position, part after part: (row, column, sample, label)."""
+    width = batch["input_ids"].shape[1]
+    rows = zip(batch["at"].tolist(), batch["sample"].tolist(), batch["labels"].tolist(), strict=True)
+    found = [(*divmod(at, width), sample, label) for at, sample, label in rows]
+    return {name: found[slice(*block.scored)] for name, block in batch["blocks"].items()}
+
+
 def test_collate_masks_by_length_and_keeps_what_is_scored():
     """An id that is the padding's in the middle of a prompt stays visible."""
     long, short = Sample([1, 0, 5, 6], [IGNORE, IGNORE, 6, 2], False), Sample([1, 7], [IGNORE, 2], False)
-    batch = data_module.collate({"forget": [long, short], "retain": [short, long]}, [1.0, 0.0], frozenset({"retain"}))
+    batch = batches.collate({"forget": [long, short], "retain": [short, long]}, [1.0, 0.0], frozenset({"retain"}))
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["parts"] == ("forget", "retain") and batch["weight"].tolist() == [1, 0]
-    assert batch["part"].tolist() == [[0, 0, 0, 0], [0, 0, -1, -1], [1, 1, -1, -1], [1, 1, 1, 1]]
-    assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1], [0, 0, -1, -1], [1, 1, 1, 1]]
+    read = [(2, 0, 0, IGNORE), (2, 1, 0, 2), (3, 0, 1, IGNORE), (3, 1, 1, IGNORE), (3, 2, 1, 6), (3, 3, 1, 2)]
+    assert places(batch) == {"forget": [(0, 2, 0, 6), (0, 3, 0, 2), (1, 1, 1, 2)], "retain": read}
+    assert batch["answers"].tolist() == [1, 4, 5] and batch["tokens"] == 4 + 2
+    assert batch["blocks"]["forget"].tokens == (0, 8) and batch["blocks"]["retain"].tokens == (8, 16)
+    wide = batches.collate({"forget": [long, short]}, round_to=16)
+    assert wide["input_ids"].shape == (2, 16) and wide["attention_mask"].sum(1).tolist() == [4, 2]
+    assert places(wide) == {"forget": places(batch)["forget"]}
 
 
 def test_packed_rows_hold_each_sample_once_and_restart_its_positions():
     """Two rows a part for two samples of 4 and 2 and row=4; the shorter row's rest is a sample of its own."""
     long, short = Sample((1, 3, 5, 6), (IGNORE, IGNORE, 6, 2), False), Sample((1, 7), (IGNORE, 2), False)
     parts = {"forget": [long, short, short], "retain": [short, long, short]}
-    batch = data_module.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=4)
+    batch = batches.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=4)
     assert batch["input_ids"].tolist() == [[1, 3, 5, 6], [1, 7, 1, 7], [1, 3, 5, 6], [1, 7, 1, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]] * 2
-    assert batch["sample"].tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [1, 1, 1, 1], [0, 0, 2, 2]]
-    assert batch["keep"].int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert batch["part"].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4] and "attention_mask" not in batch
-    one = data_module.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=data_module.ONE_ROW)
-    assert one["part"].tolist() == [[0] * 8 + [1] * 8]
+    forget = [(0, 2, 0, 6), (0, 3, 0, 2), (1, 1, 1, 2), (1, 3, 2, 2)]
+    assert places(batch)["forget"] == forget and "attention_mask" not in batch
+    assert [one[:3] for one in places(batch)["retain"]] == [
+        *((2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (3, 0, 0), (3, 1, 0), (3, 2, 2), (3, 3, 2))
+    ]
+    assert batch["answers"].tolist() == [2, 3, 5, 7] and batch["blocks"]["retain"].tokens == (8, 16)
+    one = batches.collate(parts, [1.0, 0.0, 1.0], frozenset({"retain"}), row=data_module.ONE_ROW)
     assert one["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1] * 2]
-    assert one["sample"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 1, 1, 1, 1, 0, 0, 2, 2]]
-    short_row = data_module.collate({"forget": [long, short]}, row=4)
+    assert [one["blocks"][name].tokens for name in parts] == [(0, 8), (8, 16)]
+    assert [one["blocks"][name].samples for name in parts] == [(0, 3), (3, 6)]
+    assert one["cu_seqlens"].tolist() == [0, 4, 6, 8, 12, 14, 16] and one["longest"] == 4
+    assert [column for _, column, *_ in places(one)["forget"]] == [2, 3, 5, 7]
+    filled = batches.collate({"forget": [long, short]}, row=data_module.ONE_ROW, round_to=16)
+    assert filled["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, *range(10)]]
+    assert filled["cu_seqlens"].tolist() == [0, 4, 6, 16] and filled["longest"] == 10
+    short_row = batches.collate({"forget": [long, short]}, row=4)
     assert short_row["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
-    assert short_row["sample"].tolist() == [[0, 0, 0, 0], [1, 1, -1, -1]]
+    assert places(short_row) == {"forget": forget[:3]}
 
 
 def test_packed_rows_are_nearly_equal(tokenizer):
@@ -250,7 +270,7 @@ def test_score_equals_the_models_own_loss(model_folder, tokenizer):
     model = loading.load(str(model_folder)).eval()
     rows = read_table("forget01")
     samples = [data_module.encode(tokenizer, FAMILY, row["question"], row["answer"], 200) for row in rows]
-    view = forward.score(model, data_module.collate({"forget": samples}))["forget"]
+    view = forward.score(model, batches.collate({"forget": samples}))["forget"]
     nll = torch.nn.functional.cross_entropy(view.logits, view.labels, reduction="none")
     for i, sample in enumerate(samples):
         ids = torch.tensor([[*sample.input_ids, tokenizer.eos_token_id]])
@@ -270,15 +290,16 @@ def test_states_are_kept_where_answers_are_read():
     """The end token is read too, and what is kept is one place later than what is predicted; packed and padded."""
     long, short = Sample((1, 3, 5, 6), (IGNORE, IGNORE, 6, 2), False), Sample((1, 7), (IGNORE, 2), False)
     parts, states = {"forget": [long, short], "retain": [short, long]}, frozenset({"forget"})
-    padded = data_module.collate(parts, states=states)
+    padded = batches.collate(parts, states=states)
     assert padded["input_ids"].tolist() == [[1, 3, 5, 6, 2], [1, 7, 2, 0, 0], [1, 7, 0, 0, 0], [1, 3, 5, 6, 0]]
-    kept = [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 1, 0]]
-    assert padded["keep"].int().tolist() == kept and padded["states"] == ("forget",)
-    both = data_module.collate(parts, row=data_module.ONE_ROW, states=frozenset(parts))
+    where = {name: [one[:2] for one in found] for name, found in places(padded).items()}
+    assert where == {"forget": [(0, 3), (0, 4), (1, 2)], "retain": [(2, 1), (3, 2), (3, 3)]}
+    assert padded["states"] == ("forget",)
+    both = batches.collate(parts, row=data_module.ONE_ROW, states=frozenset(parts))
     assert both["input_ids"].tolist() == [[1, 3, 5, 6, 2, 1, 7, 2, 1, 3, 5, 6, 2, 1, 7, 2]]
-    assert both["keep"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1]]
-    mixed = data_module.collate(parts, row=data_module.ONE_ROW, states=states)
-    assert mixed["keep"].int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1]]
+    assert both["at"].tolist() == [3, 4, 7, 11, 12, 15]
+    mixed = batches.collate(parts, row=data_module.ONE_ROW, states=states)
+    assert mixed["at"].tolist() == [3, 4, 7, 10, 11, 13]
 
 
 def test_alternates_stand_in_for_refusals(tokenizer, tmp_path):

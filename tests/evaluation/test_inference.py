@@ -5,10 +5,10 @@ import torch
 import transformers
 from helpers import ARCHITECTURES, WORDS, make, rows
 
-from data_module import IGNORE, Sample, collate
+from data_module import IGNORE, Sample
 from tofu.evaluation import inference
 from tofu.methods import losses
-from tofu.models import forward
+from tofu.models import batches, forward
 
 
 @pytest.fixture(params=list(ARCHITECTURES))
@@ -33,7 +33,7 @@ def test_tree_scores_are_the_plain_ones(model):
     with inference.ready(model, 64):
         found = inference.score_trees(model, [inference.tree(samples) for samples in rows()])
         for samples, scores in zip(rows(), found, strict=True):
-            view = forward.score(model, collate({"forget": samples}))["forget"]
+            view = forward.score(model, batches.collate({"forget": samples}))["forget"]
             expected = -losses.sequence_logp(view)
             assert [len(tokens.nll) for tokens in scores] == torch.bincount(view.sample).tolist()
             totals = [tokens.nll.sum() for tokens in scores]

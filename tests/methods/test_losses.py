@@ -306,8 +306,9 @@ def test_certain_tokens_stay_finite():
 
 def test_later_leaves_out_the_first_tokens_of_each_sample():
     sample = torch.tensor([1, 1, 1, 0, 0, 2])
-    assert losses.later(sample, 1).tolist() == [False, True, True, False, True, False]
-    assert losses.later(sample, 2).tolist() == [False, False, True, False, False, False]
+    for lengths in (None, tuple(torch.bincount(sample).tolist())):
+        assert losses.later(sample, 1, lengths).tolist() == [1, 2, 4]
+        assert losses.later(sample, 2, lengths).tolist() == [2]
 
 
 @pytest.mark.parametrize("loss", STATES, ids=lambda f: f.__name__)

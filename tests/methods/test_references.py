@@ -7,9 +7,8 @@ import pytest
 import torch
 from helpers import prepared
 
-import data_module
 from tofu.methods import losses, references
-from tofu.models import engines, forward, loading
+from tofu.models import batches, engines, forward, loading
 from tofu.runtime import run_folder
 
 
@@ -18,7 +17,7 @@ def test_kept_log_probabilities_are_live_ones(tmp_path):
     _, reference, terms, samples, logps = prepared("Llama", "dpo")
     for sample, value in logps.items():
         with torch.no_grad():
-            view = forward.score(reference, data_module.collate({"forget": [sample]}, row=100))["forget"]
+            view = forward.score(reference, batches.collate({"forget": [sample]}, row=100))["forget"]
         assert value == pytest.approx(losses.sequence_logp(view).item(), abs=1e-5, rel=1e-5)
     order, engine = list(logps), engines.Engine("ddp", False)
     made_from = references.logps_fingerprint(order, "model a", engine)

@@ -11,7 +11,7 @@ from tofu.models import families
 CONFIG_DIR = utils.REPO / "config"
 ENGINES = ("auto", "ddp", "deepspeed", "fsdp")
 PRECISIONS = ("auto", "fp32", "bf16")
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
+ATTENTIONS = ("auto", "sdpa", "eager", "varlen", "flash_attention_2", "flex_attention")
 STOCHASTIC = "adamw_8bit_stochastic"  # an optimiser beside transformers' own: `optimisation.stochastic`
 
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from data_module import IGNORE, Sample
 from tofu.models import architectures
+from tofu.runtime import cards
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ def score_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Toke
     Returns:
         Of each tree, its samples' in its order.
     """
-    device, width = model.device, max(len(one.tokens) for one in trees)
+    device = model.device
+    width = cards.up(max(len(one.tokens) for one in trees), cards.round_to(device))
     shape = (len(trees), width)
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     keep, visible = np.zeros(shape, dtype=bool), np.zeros((*shape, width), dtype=bool)
@@ -284,7 +286,7 @@ def greedy(
     """
     device = model.device
     limits = [len(p) + b for p, b in zip(prompts, budgets, strict=True)]
-    slots = _Slots(min(at_once, len(prompts)), max(limits) + WIDEST)
+    slots = _Slots(min(at_once, len(prompts)), cards.up(max(limits) + WIDEST, cards.round_to(device)))
     cache = Cache(layer_class_to_replicate=slots.layer)
     waiting, active = list(range(len(prompts)))[::-1], []  # active: the prompt in each slot
     texts = [_Drafts(p, k) for p, k in zip(prompts, known or [[]] * len(prompts), strict=True)]
@@ -322,12 +324,12 @@ def greedy(
 def _read(model, cache: Cache, prompts: list[Sequence[int]], device: torch.device) -> list[list[int]]:
     """Read new prompts into their slots; the first token that each is answered with, in a list of its own."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(lengths.max())
+    width = cards.up(max(map(len, prompts)), cards.round_to(device))
     at = torch.arange(width, device=device)
     logits = model(
         input_ids=torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device),
         attention_mask=_additive((at <= at[:, None]).expand(len(prompts), 1, width, width), model.dtype),
-        position_ids=at.expand(len(prompts), width),
+        position_ids=at.clamp(max=max(map(len, prompts)) - 1).expand(len(prompts), width),
         past_key_values=cache,
         logits_to_keep=at == lengths[:, None] - 1,
         use_cache=True,
@@ -356,7 +358,7 @@ def _step(
     width = 1 + max(map(len, drafts))
     last = torch.tensor([len(text) - 1 for text in texts], device=device)
     slots.positions = last[:, None] + torch.arange(width, device=device)
-    slots.length = max(map(len, texts)) + width - 1
+    slots.length = cards.up(max(map(len, texts)) + width - 1, cards.round_to(device))
     visible = torch.arange(slots.length, device=device) <= slots.positions[:, :, None]
     ids = [[text[-1], *draft, *[0] * (width - 1 - len(draft))] for text, draft in zip(texts, drafts, strict=True)]
     logits = model(  # what is written of a wrong draft is written over before anything can see it

@@ -12,14 +12,14 @@ A new loss is a function and its name in `FORGET` or `RETAIN` below. Its signatu
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tofu.models.views import Attended, Scored, States
+from tofu.models.views import Attended, Scored, States, count_of
 
 PerToken = Annotated[Tensor, "token"]  # (N,) terms, in the order of the views in the signature
 PerSequence = Annotated[Tensor, "sequence"]  # (B,) terms
@@ -86,24 +86,27 @@ def token_nll(view: Scored) -> Tensor:
 def sequence_logp(view: Scored) -> Tensor:
     """(B,) log-probability of each sample's scored tokens, nats: a sum, not a mean."""
     nll = token_nll(view)
-    sums = nll.new_zeros(int(view.sample.max()) + 1)
-    return -sums.index_add(0, view.sample, nll)
+    return -nll.new_zeros(count_of(view)).index_add(0, view.sample, nll)
 
 
-def sample_mean(values: Tensor, sample: Tensor) -> Tensor:
-    """(B,) the mean of each sample's values (N,)."""
-    sums = values.new_zeros(int(sample.max()) + 1).index_add(0, sample, values)
-    return sums / torch.bincount(sample)
+def sample_mean(values: Tensor, view: Scored | States) -> Tensor:
+    """(B,) the mean of each sample's values (N,), which stand in the order of the view's positions."""
+    sums, counts = values.new_zeros(count_of(view)), view.sample.new_zeros(count_of(view))
+    return sums.index_add(0, view.sample, values) / counts.index_add(0, view.sample, torch.ones_like(view.sample))
 
 
-def later(sample: Tensor, skip: int) -> Tensor:
-    """(N,) bool: the positions but for the first `skip` of each sample, whose positions stand in their order."""
-    order = torch.argsort(sample, stable=True)
-    counts = torch.bincount(sample)
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    place = torch.empty_like(sample)
-    place[order] = torch.arange(len(sample), device=sample.device) - starts
-    return place >= skip
+def later(sample: Tensor, skip: int, lengths: Sequence[int] | None = None) -> Tensor:
+    """(K,) the positions but for the first `skip` of each sample, whose positions stand in their order.
+
+    Args:
+        sample: (N,) which sample each position belongs to.
+        lengths: (B,) positions of each sample; None: they are counted, for which a GPU has to wait.
+    """
+    ordered, order = torch.sort(sample, stable=True)
+    place = torch.arange(len(sample), device=sample.device) - torch.searchsorted(ordered, ordered)
+    first = torch.empty_like(place).scatter_(0, order, place) < skip
+    count = int((~first).sum()) if lengths is None else sum(max(0, length - skip) for length in lengths)
+    return torch.argsort(first.int(), stable=True)[:count]
 
 
 def grad_ascent(forget: Scored) -> PerToken:
@@ -179,7 +182,7 @@ def simnpo(forget: Scored, *, beta: float, margin: float) -> PerSequence:
 
     Source: Fan et al. 2024, arXiv 2410.07163; n_b counts the end token.
     """
-    mean_nll = sample_mean(token_nll(forget), forget.sample)
+    mean_nll = sample_mean(token_nll(forget), forget)
     return -(2 / beta) * F.logsigmoid(beta * (mean_nll - margin))
 
 
@@ -194,7 +197,7 @@ def rmu(forget: States, control: Tensor, *, c: float) -> PerSequence:
 
     Source: Li et al. 2024 (WMDP), arXiv 2403.03218. The paper sums over d; the public codes take the mean.
     """
-    return sample_mean((forget.states - c * control).square().mean(-1), forget.sample)
+    return sample_mean((forget.states - c * control).square().mean(-1), forget)
 
 
 def undial(forget: Scored, ref_forget: Scored, *, beta: float) -> PerToken:
@@ -254,7 +257,7 @@ def ceu(forget: Scored, *, skip: int) -> PerToken:
 
     Source: Yang 2025, arXiv 2503.01224; a footnote there leaves out the first token. `q` takes no gradient.
     """
-    kept = later(forget.sample, skip)
+    kept = later(forget.sample, skip, forget.lengths)
     logits, labels = forget.logits[kept], forget.labels[kept]
     q = F.softmax(logits.detach().scatter(-1, labels[:, None], -torch.inf), -1)
     return -(q * F.log_softmax(logits, -1)).sum(-1)
@@ -311,7 +314,7 @@ def embed_diff(retain: States, ref_retain: States) -> PerSequence:
 
     Source: Li et al. 2024 (WMDP), arXiv 2403.03218, with `rmu`'s reductions.
     """
-    return sample_mean((retain.states - ref_retain.states).square().mean(-1), retain.sample)
+    return sample_mean((retain.states - ref_retain.states).square().mean(-1), retain)
 
 
 def _forward_kl(current: Scored, reference: Scored) -> Tensor:

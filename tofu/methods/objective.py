@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -204,16 +205,22 @@ def needs_of(terms: Sequence[Term]) -> set[str]:
     return {"logp" if kind == "logp" else "live" for term in terms for kind in term.contract.refs.values()}
 
 
-def weights_of(term: Term, sample: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+def weights_of(
+    term: Term,
+    sample: Mapping[str, Tensor],
+    weight: Tensor,
+    lengths: Mapping[str, Sequence[int] | None] = MappingProxyType({}),
+) -> Tensor:
     """The 0/1 weight of each value that a term returns, in its order: its parts' tokens, or the samples.
 
     Args:
         sample: part -> (N,) the sample that each of its scored positions belongs to.
         weight: (B,) of the samples; 0 at fillers.
+        lengths: part -> (B,) scored positions of each sample, where that is known.
     """
     if term.contract.unit == "sequence":
         return weight
-    found = [sample[part] for part in term.contract.parts]
+    found = {part: sample[part] for part in term.contract.parts}
     if skip := term.args.get("skip"):
-        found = [of[losses.later(of, skip)] for of in found]
-    return torch.cat([weight[of] for of in found])
+        found = {part: of[losses.later(of, skip, lengths.get(part))] for part, of in found.items()}
+    return torch.cat([weight[of] for of in found.values()])

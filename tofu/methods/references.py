@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 import utils
-from data_module import Sample, Slot, TrainingSet, collate
+from data_module import ONE_ROW, Sample, Slot, TrainingSet
 from tofu.methods import losses, objective
 from tofu.methods.objective import Term
-from tofu.models import folders, forward, loading
+from tofu.models import architectures, batches, folders, forward, loading
 from tofu.models.engines import Engine
-from tofu.runtime import provenance, ranks, run_folder
+from tofu.runtime import cards, provenance, ranks, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,11 @@ def reference_logps(
     Returns:
         Sample -> nats, on every rank.
     """
-    batches = [list(samples[k : k + batch_size]) for k in range(0, len(samples), batch_size)]
-    found = {}
-    for batch in ranks.share(batches, "reference log-probabilities", sharded):
-        inputs = ranks.to_device(collate({"forget": batch}), model.device)
+    dealt = [list(samples[k : k + batch_size]) for k in range(0, len(samples), batch_size)]
+    packs = architectures.one_row_only(model.config) and model.config.model_type in architectures.PACKABLE
+    row, to, found = ONE_ROW if packs else None, cards.round_to(model.device), {}
+    for batch in ranks.share(dealt, "reference log-probabilities", sharded):
+        inputs = ranks.to_device(batches.collate({"forget": batch}, row=row, round_to=to), model.device)
         view: Any = forward.score(model, inputs)["forget"]
         logps = losses.sequence_logp(view)
         found.update(zip(batch, logps.tolist(), strict=True))

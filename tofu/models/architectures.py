@@ -53,6 +53,7 @@ SUPPORT = {  # attention -> the mark of a model class that has it
     "sdpa": "_supports_sdpa",
     "flash_attention_2": "_supports_flash_attn",
     "flex_attention": "_supports_flex_attn",
+    "varlen": "_supports_attention_backend",
 }
 
 
@@ -80,7 +81,7 @@ def attention_in_use(config: PretrainedConfig) -> str:
 
 def one_row_only(config: PretrainedConfig) -> bool:
     """Whether the attention in use knows packed samples apart in a batch of one row only, and needs no mask."""
-    return attention_in_use(config).startswith(("flash", "flex"))
+    return attention_in_use(config).startswith(("flash", "flex", "varlen"))
 
 
 def why_no_masks(whole: PretrainedConfig, reach: int) -> str | None:

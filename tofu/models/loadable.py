@@ -13,12 +13,33 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
 import utils
-from tofu.models import architectures
+from tofu.models import architectures, varlen
 from tofu.models.engines import Engine
 from tofu.models.folders import base_of, is_adapter, told
 from utils import BadInput
 
 log = logging.getLogger(__name__)
+
+
+def attention_of(path: str, engine: Engine, family: Any, wanted: str, *, packing: bool, compiled: bool) -> str | None:
+    """What the key `attention` asks a training for; None: transformers' choice.
+
+    auto is flash attention where the family says so, else varlen where it runs.
+
+    Raises:
+        BadInput: varlen where it does not run; no architecture in `path`.
+    """
+    if wanted not in ("auto", varlen.NAME):
+        return wanted
+    if wanted == "auto" and family.flash_attention2:
+        return "flash_attention_2"
+    whole = base_of(path) if is_adapter(path) else path
+    with told("architecture", whole):
+        config = AutoConfig.from_pretrained(whole, trust_remote_code=False)
+    why = varlen.why_not(config, bf16=engine.bf16, packing=packing, compiled=compiled)
+    if why and wanted == varlen.NAME:
+        raise BadInput(f"attention={wanted}: {why}: take attention=auto")
+    return None if why else varlen.NAME
 
 
 def check_loadable(

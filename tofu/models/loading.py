@@ -8,17 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from tofu.models import varlen
 from tofu.models.engines import Engine
 from tofu.models.folders import base_of, is_adapter
 from tofu.models.loadable import check_filled, check_loadable
-from tofu.runtime import ranks
-
-
-def attention_of(family: Any, wanted: str = "auto") -> str | None:
-    """What the key `attention` asks for: auto is flash attention where the family says so, else None."""
-    if wanted != "auto":
-        return wanted
-    return "flash_attention_2" if family.flash_attention2 else None
+from tofu.runtime import cards, ranks
 
 
 def load(
@@ -35,7 +29,7 @@ def load(
 
     Args:
         path: a local folder or hub id, as `resolve` gave it and `check_loadable` passed it.
-        attention: an implementation by transformers' name for it; None: its own choice.
+        attention: an implementation by transformers' name for it, or varlen; None: transformers' choice.
         dtype: of the weights. Full finetuning needs float32 masters: an Adam step of 1e-5 leaves 84 % of bf16 weights
             where they were.
         shard: split the parameters over all processes (FSDP2), as the model is read: no process ever holds it whole.
@@ -46,6 +40,8 @@ def load(
     Raises:
         BadInput: the weights leave a tensor of the model without its value (`check_loadable` tells it beforehand).
     """
+    cards.settle()
+    varlen.register()
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attention is not None:
         kwargs["attn_implementation"] = attention
@@ -63,6 +59,11 @@ def load(
         )
     model, found = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **kwargs)
     check_filled(whole, found)
+    for module in model.modules() if quantize else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # where a CPU has it, bitsandbytes' first forward without gradients packs the weights for bf16, for good: a
+            # reference would compute otherwise than the model that trains, and narrow layers fail
+            module.support_avx512bf16_for_cpu = False
     if not adapter:
         return model
     from peft import PeftModel  # its import takes seconds, and few models are adapters

@@ -60,8 +60,16 @@ def from_rank_0(value: Any) -> Any:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A collated batch with its tensors on `device`."""
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
+    """A collated batch with its tensors on `device`, those in dicts and lists too; the host does not wait for them."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [moved(one) for one in value]
+        return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+
+    return moved(batch)
 
 
 def release() -> None:

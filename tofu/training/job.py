@@ -78,7 +78,9 @@ class Job:
         cfg = self.cfg
         if cfg.get("log_gradient_norms") and self.engine.name != "ddp":
             raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {self.engine.name}")
-        self.attention = loading.attention_of(self.family, cfg.attention)
+        self.attention = loadable.attention_of(
+            self.path, self.engine, self.family, cfg.attention, packing=cfg.packing, compiled=cfg.torch_compile
+        )
         keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
         states = any(term.contract.states for term in self.method.terms)
         loadable.check_loadable(self.path, self.engine, self.attention, states=states, **keys)
