@@ -32,6 +32,15 @@ def watch(trainer_class: type, seen: dict) -> None:
             p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in self.model.parameters()
         )
         seen["dtensors"] = sum(hasattr(p, "to_local") for p in self.model.parameters())
+        engine = self.model_wrapped
+        if hasattr(engine, "communication_data_type"):
+            types = (
+                *engine.get_data_types(),
+                engine.communication_data_type,
+                engine.optimizer.gradient_accumulation_dtype,
+            )
+            seen["types"] = [str(one) for one in types]
+        seen["views"] = getattr(engine, "gradient_as_bucket_view", None)
         return result
 
     trainer_class.train = watched

@@ -71,6 +71,9 @@ def cases(folder: Path, engine: str, cut: tuple[int, int], data: Path, model: Pa
     alone = ["model_family=tiny", f"model_path={model}", f"data_path={data}", *engine_keys, "ds_size=7", "batch_size=3"]
     alone += ["generation.max_length=80", "generation.max_new_tokens=6", "split=forget10"]
     found.append({"script": "evaluate_util", "args": alone, "name": "evaluated"})
+    if engine.startswith("zero"):
+        args = [*common, "split=forget41", "num_epochs=1", "precision=bf16"]
+        found.append({"script": "finetune", "args": args, "name": "bf16", "alone": True})
     found = [case for case in found if engine != "zero3" or case["name"] not in ELSEWHERE]
     for case in found:
         case["args"].append(f"save_dir={folder / case['name']}")
@@ -158,7 +161,7 @@ def losses_of(run: Path) -> list[float]:
 
 def runs(folder: Path) -> list[str]:
     cases = json.loads((folder / "cases.json").read_text())
-    return [case["name"] for case in cases if case["script"] != "evaluate_util"]
+    return [case["name"] for case in cases if case["script"] != "evaluate_util" and "alone" not in case]
 
 
 def test_engine_equals_one_process(one, two):
@@ -209,6 +212,15 @@ def test_parameters_are_really_sharded(two):
             assert seen["held"] == seen["whole"] and seen["engine"] == "DeepSpeedEngine"
         else:
             assert seen["held"] == seen["whole"] and seen["engine"] == "DistributedDataParallel"
+            assert seen["views"] is True  # else it holds the gradients twice
+
+
+def test_deepspeed_sums_gradients_in_float32(two):
+    """As the other engines do: over processes and over micro-batches, of a model that computes in bf16."""
+    engine, folder = two
+    if engine.startswith("zero"):
+        seen = json.loads((folder / "bf16.rank0.json").read_text())
+        assert seen["types"] == ["torch.bfloat16", *["torch.float32"] * 3]
 
 
 def test_evaluation_from_disk_equals_the_one_in_memory(two, one):

@@ -1,5 +1,6 @@
 """How processes share the work, and the precision they compute in."""
 
+import logging
 import os
 import socket
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import torch
 import utils
 from tofu.runtime import ranks
 from utils import BadInput
+
+log = logging.getLogger(__name__)
 
 
 class Engine(NamedTuple):
@@ -36,7 +39,9 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "deepspeed" if cuda and ranks.world_size() > 1 else "ddp"
-    bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    bf16 = precision == "bf16" or (
+        precision == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     if name != "deepspeed":
         return Engine(name, bf16)
     found = utils.read_json(ds_config, "ds_config")
@@ -44,6 +49,22 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
         raise BadInput(f"ds_config={ds_config}: its zero_optimization.stage must be 2 or 3")
     _stand_alone()
     return Engine(name, bf16, found)
+
+
+def warn_of_coarse_sums(engine: Engine, ds_config: str) -> None:
+    """Say so where DeepSpeed would sum a training's gradients in bf16, over processes and over micro-batches."""
+    if engine.deepspeed is None or not engine.bf16:
+        return
+    kinds = {
+        '"communication_data_type": "fp32"': engine.deepspeed.get("communication_data_type"),
+        '"data_types": {"grad_accum_dtype": "fp32"}': engine.deepspeed.get("data_types", {}).get("grad_accum_dtype"),
+    }
+    if lacking := [said for said, kind in kinds.items() if kind not in ("fp32", "float32")]:
+        log.warning(
+            "ds_config=%s lacks %s: without it DeepSpeed sums gradients in bf16, and the other engines in float32",
+            ds_config,
+            " and ".join(lacking),
+        )
 
 
 def _stand_alone() -> None:

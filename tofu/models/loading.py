@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import accelerate
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -24,6 +23,7 @@ def load(
     bf16_compute: bool = False,
     random_weights: bool = False,
     quantize: str | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `path`; a folder with only an adapter is merged into its base in memory.
 
@@ -36,6 +36,7 @@ def load(
         bf16_compute: with `shard`, compute in bf16 over the float32 shards.
         random_weights: only the architecture is taken from `path`; the weights are drawn from the seed.
         quantize: 4bit: linear layers in four bits (NF4, constants quantised too), computing in `dtype`.
+        device: where the weights are read to; None: the host's memory, of which every process takes its own.
 
     Raises:
         BadInput: the weights leave a tensor of the model without its value (`check_loadable` tells it beforehand).
@@ -45,6 +46,8 @@ def load(
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attention is not None:
         kwargs["attn_implementation"] = attention
+    if device is not None:
+        kwargs["device_map"] = {"": device}
     if quantize:
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -52,6 +55,7 @@ def load(
     adapter = is_adapter(path)
     whole = base_of(path) if adapter else path
     if random_weights:
+        kwargs.pop("device_map", None)
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), **kwargs)
     if shard:
         kwargs["distributed_config"] = DistributedConfig(
@@ -85,13 +89,14 @@ def load_frozen(
     Args:
         path, attention, random_weights, quantize: as of `load`.
         trained_in: for the reference of a training, the type of the trained model's weights: it then computes exactly
-            as that one does before its first step. None: weights in the precision of the computation.
+            as that one does before its first step, from half the bytes where they say the same (`_narrow`). None:
+            weights in the precision of the computation.
 
     Raises:
         BadInput: as of `check_loadable`, which a script asks before it makes a folder.
     """
     check_loadable(path, engine, attention, weights=False)  # `load` looks at them
-    device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
+    device = ranks.state().device
     dtype = torch.bfloat16 if engine.bf16 and engine.name != "fsdp" else torch.float32
     autocast = trained_in is not None and engine.name != "deepspeed"  # DeepSpeed itself turns what it trains into bf16
     config = {
@@ -113,12 +118,15 @@ def load_frozen(
             bf16_compute=engine.bf16,
             random_weights=random_weights,
             quantize=quantize,
+            device=None if engine.sharded or quantize else loading_device(),
         )
     finally:
         if alive is not None:
             unset_hf_deepspeed_config()
     model.requires_grad_(False)
     model.eval()
+    if autocast and engine.bf16 and engine.name == "ddp" and not quantize:
+        narrow(model)
     if autocast and engine.bf16:  # as accelerate does to the model that it trains
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     if zero3:
@@ -126,6 +134,25 @@ def load_frozen(
 
         model = deepspeed.initialize(model=model, config=config)[0].module  # ZeRO-3 hooks its modules
     return model if engine.sharded or quantize else model.to(device)  # in four bits it was put there when loaded
+
+
+def loading_device() -> torch.device | None:
+    """The card that this process reads a whole model to; None without one: it is read to where it will be anyway."""
+    return ranks.state().device if torch.cuda.is_available() else None
+
+
+def narrow(model: torch.nn.Module) -> None:
+    """Keep the weights of a model's linear layers in bf16 where bf16 says the same: of one that was saved in bf16.
+
+    Under bf16 autocast such a layer computes in bf16 whatever its weights are in, so that no bit of the output changes.
+    Norms, embeddings, and what a layer shares with them compute in the type that they have.
+    """
+    others = [module for module in model.modules() if type(module) is not torch.nn.Linear]
+    shared = {id(one) for module in others for one in module.parameters(recurse=False)}
+    for module in model.modules():
+        for one in module.parameters(recurse=False) if type(module) is torch.nn.Linear else ():
+            if id(one) not in shared and torch.equal(one, (short := one.bfloat16()).float()):
+                one.data = short
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: float, dropout: float) -> PreTrainedModel:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+
+TIMEOUT = 3 * 3600  # seconds that processes wait for each other: one of them may be hashing 140 GB on a slow disk
 
 
 def rank() -> int:
@@ -49,13 +53,19 @@ def merge(found: dict) -> dict:
     return merged
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+def state() -> Any:
+    """Accelerate's state of this process; the first call makes the group of all processes."""
     import accelerate
     import torch
+
+    return accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT))
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank."""
     from accelerate.utils import broadcast_object_list
 
-    accelerate.PartialState(cpu=not torch.cuda.is_available())
+    state()
     return broadcast_object_list([value])[0]
 
 
@@ -73,15 +83,18 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def release() -> None:
-    """End a job: wait for all ranks, forget what accelerate and DeepSpeed keep per process; the next starts clean."""
+    """End a job: wait for all ranks, forget what the libraries keep of it; nothing of it is alive in the next one."""
+    import gc
+
     import accelerate
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    accelerate.PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    state().wait_for_everyone()
     accelerate.state.GradientState._reset_state()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
+    gc.collect()  # the Trainer, its callbacks and the model's hooks are cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -78,6 +78,7 @@ class Job:
         cfg = self.cfg
         if cfg.get("log_gradient_norms") and self.engine.name != "ddp":
             raise BadInput(f"log_gradient_norms=true needs whole gradients, engine=ddp: it is {self.engine.name}")
+        engines.warn_of_coarse_sums(self.engine, cfg.ds_config)
         self.attention = loadable.attention_of(
             self.path, self.engine, self.family, cfg.attention, packing=cfg.packing, compiled=cfg.torch_compile
         )
@@ -152,6 +153,7 @@ class Job:
             shard=self.engine.name == "fsdp",
             bf16_compute=self.engine.bf16,
             quantize=lora.quantize,
+            device=loading.loading_device() if self.engine.name == "ddp" and not lora.quantize else None,
         )
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
         return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model

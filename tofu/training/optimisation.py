@@ -28,6 +28,7 @@ ALWAYS: dict[str, Any] = {  # the Trainer's arguments that are the same in every
     "save_strategy": "no",
     "activation_checkpointing_kwargs": {"use_reentrant": False},
     "ddp_find_unused_parameters": False,
+    "ddp_timeout": ranks.TIMEOUT,
     "remove_unused_columns": False,
     "liger_kernel_config": {"cross_entropy": False, "fused_linear_cross_entropy": False},  # the losses are our own
     "log_level": "warning",
