@@ -1,7 +1,9 @@
 """How processes share the work, and the precision they compute in."""
 
+import logging
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,8 @@ import torch
 import utils
 from tofu.runtime import ranks
 from utils import BadInput
+
+log = logging.getLogger(__name__)
 
 
 class Engine(NamedTuple):
@@ -37,6 +41,8 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
     if name == "auto":
         name = "deepspeed" if cuda and ranks.world_size() > 1 else "ddp"
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    if bf16 and not cuda and not fast_bf16(torch.cpu.get_capabilities()):
+        log.warning("precision=bf16 on a CPU without AMX is slower than fp32, often many times: take precision=fp32")
     if name != "deepspeed":
         return Engine(name, bf16)
     found = utils.read_json(ds_config, "ds_config")
@@ -44,6 +50,15 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
         raise BadInput(f"ds_config={ds_config}: its zero_optimization.stage must be 2 or 3")
     _stand_alone()
     return Engine(name, bf16, found)
+
+
+def fast_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies matrices in bf16 faster than in float32: x86 by AMX, ARM by its own instructions.
+
+    Args:
+        capabilities: of `torch.cpu.get_capabilities`.
+    """
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "bf16", "sve_bf16"))
 
 
 def _stand_alone() -> None:
