@@ -51,7 +51,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
 
-    Batches are formed once over all rows and dealt whole to the ranks: no bit of the result depends on their number.
+    Batches are formed once over all rows and dealt whole to the ranks: no bit depends on their number (but see `slots`).
 
     Args:
         model: unwrapped; put into eval mode for the while. None where `todo` is empty.

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 LEAST, MOST = 30, 256  # 256 slots need a third of the forwards of 30; a set has 300 rows, so more are of no use
-ON_CPU = LEAST  # more are no faster there, and a log stays what it was to the byte
+ON_CPU = LEAST  # a log stays what it was to the byte, and more are hardly faster there
 SHARE = 0.5  # of the free memory becomes slots; the rest is for what a forward needs besides
 SHORT = 0.9  # of it, where half of it is not enough for the fewest slots
 ROUND = 16  # a cache's length may be rounded up to a multiple of it
