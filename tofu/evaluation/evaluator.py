@@ -51,7 +51,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
 
-    Batches are formed once over all rows and dealt whole to the ranks: no bit depends on their number (but see `slots`).
+    Batches are formed once over all rows and dealt whole to the ranks: no bit depends on their number (but see slots).
 
     Args:
         model: unwrapped; put into eval mode for the while. None where `todo` is empty.
@@ -77,7 +77,7 @@ def evaluate(
     """
     folder = Path(save_dir)
     todo = [task.data.task for task in tasks] if todo is None else todo
-    at_once = slots.resolve(batch_size, model, [task for task in tasks if task.data.task in todo]) if todo else (0, 1)
+    at_once = _at_once(batch_size, model, tasks, set(todo) - set(answers or {}))
     made: dict[str, dict] = {}
     for task in tasks:
         name = task.data.task
@@ -90,6 +90,14 @@ def evaluate(
     if ranks.rank() > 0:
         return {}
     return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page, rouge).record()
+
+
+def _at_once(
+    batch_size: int | str, model: PreTrainedModel | None, tasks: Sequence[Task], written: set[str]
+) -> tuple[int, int]:
+    """`slots.resolve` for the sets that the model itself writes to; nothing is asked where there are none."""
+    asked = [task for task in tasks if task.data.task in written]
+    return slots.resolve(batch_size, model, asked) if asked else (0, 1)
 
 
 def _run(
