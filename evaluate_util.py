@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     cfg = checks.check(cfg, schema.Evaluate)
     from accelerate.utils import set_seed  # here, so that a refused command line does not wait for heavy libraries
 
-    from tofu.evaluation import evaluator
+    from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
     from tofu.runtime import run_folder
@@ -31,16 +31,18 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
     evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page)
     engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
+    vllm_backend.check(cfg.generation.backend, path)
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
     out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own)
     identity = folders.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
     fingerprints = evaluate.fingerprints(identity, engine.bf16)
-    todo, model = evaluate.missing(out, fingerprints), None
+    todo, model, answers = evaluate.missing(out, fingerprints), None, None
     if todo:
+        answers = evaluate.generated(path, engine.bf16, todo)
         set_seed(SEED)
         model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
-    scores = evaluate(model, out, engine.sharded, fingerprints, todo)
+    scores = evaluate(model, out, engine.sharded, fingerprints, todo, answers)
     run_folder.finish_run(out, {**scores, "family": record})
     return scores
 

@@ -64,7 +64,7 @@ def test_defaults_are_the_benchmarks():
     for cfg in (finetune, forget):
         assert (cfg.lr, cfg.num_epochs, cfg.weight_decay, cfg.max_length, cfg.seed) == (1e-5, 5, 0.01, 500, 42)
         assert (cfg.LoRA.r, cfg.LoRA.alpha, cfg.LoRA.dropout) == (0, 32, 0.05)
-    assert (evaluate.ds_size, evaluate.batch_size, evaluate.generation.max_length) == (300, 30, 200)
+    assert (evaluate.ds_size, evaluate.batch_size, evaluate.generation.max_length) == (300, "auto", 200)
     assert evaluate.split_list[3] == evaluate.split == "forget10_perturbed"
 
 

@@ -70,7 +70,7 @@ def test_finetune_and_forget_refuse(override, said):
         (["forget_loss=dpo", "forget_loss.forget_args.beta=x"], "forget_args.beta=x: it must be a number"),
         (["forget_loss=dpo", "forget_loss.forget_args.beta=null"], "it must be a number"),
         (["forget_loss.forget_weight=nan"], "forget_loss.forget_weight=nan"),
-        (["eval.batch_size=0"], "eval.batch_size=0: it must be at least 1"),
+        (["eval.batch_size=0"], "eval.batch_size=0: it must be auto, or a whole number of at least 1"),
         (["eval.engine=ddp"], "eval.engine=ddp: eval.engine follows engine=auto: set engine"),
         (["eval.precision=fp32"], "eval.precision follows precision=auto: set precision"),
         (["eval.ds_config=config/ds_config_zero2.json"], "eval.ds_config follows ds_config=config/ds_config.json"),

@@ -29,6 +29,7 @@ from tofu.cli.schema import (
     Forget,
     ForgetLoss,
 )
+from tofu.evaluation import vllm_backend
 from tofu.models import families
 from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line
@@ -192,6 +193,9 @@ def _check_forget(cfg: DictConfig) -> None:
     if cfg.eval.model_path is None:
         cfg.eval.model_path = cfg.model_path
     _check_followers(cfg)
+    if cfg.eval_while_train:
+        why_not = "reads a model from its folder, and eval_while_train=true evaluates the one in memory"
+        vllm_backend.check_asked(cfg.eval.generation.backend, "eval.", why_not=why_not)
     _check_evaluate(cfg.eval, prefix="eval.")
 
 
@@ -285,8 +289,13 @@ def _model_path(path: str | None, model_family: str, data_path: str) -> str:
 def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
     families.family(cfg.model_family)
     _check_engine(cfg, prefix)
-    utils.at_least(cfg, 1, "batch_size", "ds_size", "generation.max_new_tokens", prefix=prefix)
+    utils.at_least(cfg, 1, "ds_size", "generation.max_new_tokens", prefix=prefix)
     utils.at_least(cfg, 2, "generation.max_length", prefix=prefix)
+    if cfg.batch_size != "auto" and (type(cfg.batch_size) is not int or cfg.batch_size < 1):
+        raise BadInput(f"{prefix}batch_size={cfg.batch_size}: it must be auto, or a whole number of at least 1")
+    choice(f"{prefix}generation.backend", cfg.generation.backend, vllm_backend.BACKENDS)
+    drawn = "reads a model from its folder, and reinitialize_weights=true draws weights"
+    vllm_backend.check_asked(cfg.generation.backend, prefix, why_not=drawn if cfg.reinitialize_weights else None)
     if cfg.use_pretrained or (cfg.reinitialize_weights and cfg.model_path is None):
         cfg.model_path = families.family(cfg.model_family).hf_key
     if cfg.model_path is None:

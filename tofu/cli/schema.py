@@ -81,10 +81,11 @@ class ForgetLoss:
 
 @dataclass
 class Generation:
-    """How long an evaluation's generations may be, in tokens."""
+    """What generates, and how long an evaluation's generations may be, in tokens."""
 
     max_length: int = MISSING
     max_new_tokens: int | None = None
+    backend: str = MISSING
 
 
 @dataclass
@@ -96,7 +97,10 @@ class Rouge:
 
 @dataclass
 class Evaluate:
-    """The lists hold one entry per set; a string means a list of equal ones, so their type here is Any."""
+    """The lists hold one entry per set; a string means a list of equal ones, so their type here is Any.
+
+    batch_size is a number or `auto`.
+    """
 
     model_family: str = MISSING
     model_path: str | None = None
@@ -111,7 +115,7 @@ class Evaluate:
     generation: Generation = field(default_factory=Generation)
     rouge: Rouge = field(default_factory=Rouge)
     ds_size: int | None = None
-    batch_size: int = MISSING
+    batch_size: Any = MISSING
     engine: str = MISSING
     ds_config: str = MISSING
     precision: str = MISSING
@@ -126,7 +130,8 @@ class Evaluate:
     save_dir: str = MISSING
 
 
-PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key != "save_format")
+NOT_PARALLEL = ("save_format", "batch_size")
+PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key not in NOT_PARALLEL)
 TRUTH_RATIOS = ("geometric", "arithmetic")
 SAVE_FORMATS = ("tofu", "openunlearning")
 ROUGE_TOKENIZERS = ("default", "unicode")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import utils
 from data_module import Tags
-from tofu.evaluation import inference, log_formats, logs, row_logs
+from tofu.evaluation import inference, log_formats, logs, row_logs, slots, vllm_backend
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.retain_log import load_retain_log
@@ -25,6 +25,7 @@ REPORT = "eval_report.md"
 FINGERPRINTS = "fingerprints.json"
 OPENUNLEARNING = ("TOFU_EVAL.json", "TOFU_SUMMARY.json")
 OWN = ("eval_*.json", logs.AGGREGATED, STATISTICS, REPORT, FINGERPRINTS, *OPENUNLEARNING)  # what an evaluation writes
+OURS = ("backend", "ours")  # no part of a fingerprint: older ones are without it
 VERSION = 2  # part of every fingerprint: raise it whenever a change of the code moves a number
 Page = Callable[[Mapping[str, Any], Statistics, str], str]  # of a log, its statistics and the truth ratio's name
 
@@ -35,7 +36,7 @@ def evaluate(
     tasks: Sequence[Task],
     save_dir: str | Path,
     *,
-    batch_size: int,
+    batch_size: int | str,
     save_generated_text: bool = True,
     rouge: str = "default",
     truth_ratio: str = "geometric",
@@ -46,16 +47,17 @@ def evaluate(
     fingerprints: Mapping[str, Mapping[str, Any]] | None = None,
     todo: Sequence[str] | None = None,
     sharded: bool = False,
+    answers: Mapping[str, list[list[int]]] | None = None,
 ) -> dict[str, Any]:
     """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
 
-    Batches are formed once over all rows and dealt whole to the ranks: no bit of the result depends on their number.
+    Batches are formed once over all rows and dealt whole to the ranks: no bit depends on their number (but see slots).
 
     Args:
         model: unwrapped; put into eval mode for the while. None where `todo` is empty.
         tasks: what `prepare` made of the sets.
         save_dir: gets each set's log as soon as it is complete, then the other files (see docs/evaluation.md).
-        batch_size: most prompts generated at once.
+        batch_size: most prompts generated at once, or auto (`slots.resolve`).
         rouge: the tokenizer of `row_logs.scorer`.
         truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs are the same for both.
         save_format: `openunlearning` also writes TOFU_EVAL.json and TOFU_SUMMARY.json.
@@ -65,6 +67,7 @@ def evaluate(
         fingerprints: task -> what its log is a function of (`fingerprint`); kept beside the logs.
         todo: the sets to evaluate, the same on all ranks; the others' logs are in save_dir already. None for all.
         sharded: whether the ranks share one model: then all of them run equally many forwards.
+        answers: task -> what was generated for each of its rows beforehand, in tokens; the model generates the others.
 
     Returns:
         What finished.json holds (`metric.Statistics.record`), on rank 0; {} on the others.
@@ -74,16 +77,14 @@ def evaluate(
     """
     folder = Path(save_dir)
     todo = [task.data.task for task in tasks] if todo is None else todo
+    at_once = _at_once(batch_size, model, tasks, set(todo) - set(answers or {}))
     made: dict[str, dict] = {}
     for task in tasks:
         name = task.data.task
         if name in todo:
-            texts, scores = _run(model, tokenizer, task, batch_size, sharded)
+            texts, scores = _run(model, tokenizer, task, at_once, sharded, (answers or {}).get(name))
             made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text, rouge)
-            if ranks.rank() == 0:
-                run_folder.note(folder, f"{name}.json", FINGERPRINTS)
-                utils.write_json(folder / f"{name}.json", made[f"{name}.json"])
-                _remember(folder, name, (fingerprints or {}).get(name))
+            _keep(folder, name, made[f"{name}.json"], (fingerprints or {}).get(name))
         elif ranks.rank() == 0:
             made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     if ranks.rank() > 0:
@@ -91,14 +92,39 @@ def evaluate(
     return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page, rouge).record()
 
 
+def _at_once(
+    batch_size: int | str, model: PreTrainedModel | None, tasks: Sequence[Task], written: set[str]
+) -> tuple[int, int]:
+    """`slots.resolve` for the sets that the model itself writes to; nothing is asked where there are none."""
+    asked = [task for task in tasks if task.data.task in written]
+    return slots.resolve(batch_size, model, asked) if asked else (0, 1)
+
+
 def _run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, sharded: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    at_once: tuple[int, int],
+    sharded: bool,
+    answers: list[list[int]] | None,
 ) -> tuple[list[str], list]:
-    """What the model writes to each row of a set, and its scores of each row's answers."""
+    """What the model writes to each row of a set, unless that is known, and its scores of each row's answers."""
+    batch_size, among = at_once
     with inference.ready(model, reach(task), sharded) as masks:
         # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
-        texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks)
+        if answers is None:
+            texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks, among)
+        else:
+            texts = row_logs.decoded(tokenizer, answers)
         return texts, row_logs.score_rows(model, task, sharded, masks)
+
+
+def _keep(folder: Path, name: str, made: Mapping[str, Any], made_from: Mapping[str, Any] | None) -> None:
+    """Write a set's log and its fingerprint, on rank 0."""
+    if ranks.rank() == 0:
+        run_folder.note(folder, f"{name}.json", FINGERPRINTS)
+        utils.write_json(folder / f"{name}.json", made)
+        _remember(folder, name, made_from)
 
 
 def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +229,8 @@ class Evaluator:
         self.tags, self.page = tags, page
         sets = load_sets(cfg)
         check_words(sets, cfg.rouge.tokenizer, prefix)
-        self.tasks = [prepare(data, tokenizer, self.tags, **cfg.generation, prefix=prefix) for data in sets]
+        room = {"max_length": cfg.generation.max_length, "max_new_tokens": cfg.generation.max_new_tokens}
+        self.tasks = [prepare(data, tokenizer, self.tags, **room, prefix=prefix) for data in sets]
         self.retain_log = load_retain_log(cfg, self.tasks, record, tokenizer)
         self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
 
@@ -220,7 +247,7 @@ class Evaluator:
                 *(self.tags.question_start_tag, self.tags.question_end_tag, self.tags.answer_tag),
             ],
             "end_token": self.tokenizer.eos_token,
-            "generation": dict(self.cfg.generation),
+            "generation": {key: value for key, value in self.cfg.generation.items() if (key, value) != OURS},
             "precision": "bf16" if bf16 else "fp32",
             "save_generated_text": self.cfg.save_generated_text,
             **({"rouge": self.cfg.rouge.tokenizer} if self.cfg.rouge.tokenizer != "default" else {}),
@@ -237,6 +264,25 @@ class Evaluator:
                 todo += [name] if why else []
         return ranks.from_rank_0(todo)
 
+    def generated(self, path: str, bf16: bool, todo: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
+        """What another generator than the model in memory writes, before that model is loaded: see `evaluate`.
+
+        Args:
+            path: the model, as `folders.resolve` gave it.
+            bf16: whether it computes in bf16.
+            todo: the sets to evaluate; None for all.
+
+        Returns:
+            Task -> the new tokens of each row, without the end token; {} where generation.backend is `ours`.
+
+        Raises:
+            BadInput: see `vllm_backend.generate`.
+        """
+        if self.cfg.generation.backend == "ours":
+            return {}
+        tasks = [task for task in self.tasks if todo is None or task.data.task in todo]
+        return vllm_backend.generate(path, self.tokenizer, tasks, bf16=bf16)
+
     def __call__(
         self,
         model: PreTrainedModel | None,
@@ -244,6 +290,7 @@ class Evaluator:
         sharded: bool = False,
         fingerprints: Mapping[str, Mapping[str, Any]] | None = None,
         todo: Sequence[str] | None = None,
+        answers: Mapping[str, list[list[int]]] | None = None,
     ) -> dict[str, Any]:
         """Evaluate `model` into `save_dir`; see `evaluate`."""
         self.scores = evaluate(
@@ -262,5 +309,6 @@ class Evaluator:
             fingerprints=fingerprints,
             todo=todo,
             sharded=sharded,
+            answers=answers,
         )
         return self.scores

@@ -1,10 +1,11 @@
 """From a model and a set to its log: every answer scored, every question answered, numbers and texts for each row."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tofu.evaluation import inference, logs, plain, words
 from tofu.evaluation.inference import TokenScores
@@ -30,6 +31,11 @@ def scorer(tokenizer: str = "default") -> Any:
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=own)
 
 
+def scored_at_once(config: PretrainedConfig) -> int:
+    """How many nodes a scoring batch of a model holds at most; a row that has more is a batch of its own."""
+    return max(1, min(SCORED_AT_ONCE, LOGITS_AT_ONCE // config.get_text_config().vocab_size))
+
+
 def score_rows(
     model: PreTrainedModel, task: Task, sharded: bool, masks: bool = True
 ) -> list[dict[tuple[str, int], TokenScores]]:
@@ -40,7 +46,7 @@ def score_rows(
     """
     score_trees = inference.score_trees if masks else plain.score_trees
     order = sorted(range(len(task.trees)), key=lambda i: (len(task.trees[i].tokens), i))
-    budget = max(1, min(SCORED_AT_ONCE, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size))
+    budget = scored_at_once(model.config)
     batches: list[list[int]] = [[]]
     for i in order:  # ascending, so the newest is the widest
         if batches[-1] and (len(batches[-1]) + 1) * len(task.trees[i].tokens) > budget:
@@ -65,10 +71,18 @@ def generate_rows(
     batch_size: int,
     sharded: bool,
     masks: bool = True,
+    among: int = 1,
 ) -> list[str]:
-    """Each row's greedy answer, up to an end token or its own budget; `masks` as of `score_rows`."""
+    """Each row's greedy answer, up to an end token or its own budget.
+
+    Args:
+        batch_size: most prompts generated at once.
+        masks: as of `score_rows`.
+        among: how many ranks get as much work as each other, if need be with fewer prompts at once; 1: batches do not
+            depend on the number of ranks.
+    """
     order = sorted((i for i, budget in enumerate(task.budgets) if budget), key=lambda i: (len(task.prompts[i]), i))
-    parts = -(-len(order) // (REFILLS * batch_size))  # of nearly equal size
+    parts, batch_size = cut(len(order), batch_size, among)
     batches = [order[len(order) * k // parts : len(order) * (k + 1) // parts] for k in range(parts)]
     ends = inference.end_tokens(model, tokenizer)
     together = ranks.Together(model) if sharded else None
@@ -89,7 +103,24 @@ def generate_rows(
     if together:
         together.wait()
     found = ranks.merge(found)
-    return [tokenizer.decode(found.get(i, []), skip_special_tokens=True).strip() for i in range(len(task.prompts))]
+    return decoded(tokenizer, [found.get(i, []) for i in range(len(task.prompts))])
+
+
+def cut(prompts: int, batch_size: int, among: int) -> tuple[int, int]:
+    """Into how many batches of nearly equal size a set's prompts are cut, and how many prompts are in work at once.
+
+    Args:
+        batch_size, among: as of `generate_rows`. Ranks take turns with the batches: a multiple of their number is fair.
+    """
+    if among > 1:
+        batch_size = max(1, min(batch_size, -(-prompts // among)))
+    parts = -(-prompts // (REFILLS * batch_size))
+    return min(prompts, -(-parts // among) * among), batch_size
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of answers in tokens."""
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
 def log_of(

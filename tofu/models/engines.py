@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
     bf16 = precision == "bf16" or (
         precision == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     )
+    if bf16 and not cuda and not fast_bf16(torch.cpu.get_capabilities()):
+        log.warning("precision=bf16 on a CPU without AMX is slower than fp32, often many times: take precision=fp32")
     if name != "deepspeed":
         return Engine(name, bf16)
     found = utils.read_json(ds_config, "ds_config")
@@ -65,6 +68,15 @@ def warn_of_coarse_sums(engine: Engine, ds_config: str) -> None:
             ds_config,
             " and ".join(lacking),
         )
+
+
+def fast_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a CPU multiplies matrices in bf16 faster than in float32: x86 by AMX, ARM by its own instructions.
+
+    Args:
+        capabilities: of `torch.cpu.get_capabilities`.
+    """
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "bf16", "sve_bf16"))
 
 
 def _stand_alone() -> None:

@@ -33,6 +33,7 @@ NOT_SETTINGS = (
     "progress",
     "logging_steps",
     "report_to",
+    "eval.batch_size",
 )  # keys that change no number
 ABSENT = "not given"
 INPUTS = ("model_path", "retain_result", "eval.retain_result")  # keys that name what another run made
@@ -95,7 +96,7 @@ def other_config(folder: Path, cfg: DictConfig) -> list[str]:
     found = [
         f"{key}={old} (now {new})"
         for key, (old, new) in sorted(pairs.items())
-        if key.rpartition(".")[2] not in NOT_SETTINGS and not _same(str(old), str(new))
+        if not {key, key.rpartition(".")[2]} & {*NOT_SETTINGS} and not _same(str(old), str(new))
     ]
     known = json.loads((folder / VERSIONS).read_text(encoding="utf-8")).get("inputs", {})
     now = inputs({key: OmegaConf.select(cfg, key) for key in INPUTS})

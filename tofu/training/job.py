@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import data_module
 import dataloader
-from tofu.evaluation import evaluator
+from tofu.evaluation import evaluator, vllm_backend
 from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
@@ -158,21 +158,27 @@ class Job:
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
         return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
-    def evaluate(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
-        """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder."""
-        return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded)
+    def evaluate(self, model: PreTrainedModel, step: int, answers: Any = None) -> dict[str, Any]:
+        """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder.
+
+        Args:
+            answers: what was generated beforehand (`Evaluator.generated`).
+        """
+        return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded, answers=answers)
 
     def evaluate_only(self) -> dict[str, Any]:
         """Evaluate the starting model as it is, into checkpoint-0.
 
         Raises:
-            BadInput: see `loadable.check_loadable` and `run_folder.start_run`.
+            BadInput: see `loadable.check_loadable`, `vllm_backend` and `run_folder.start_run`.
         """
         cfg = self.cfg
+        vllm_backend.check(cfg.eval.generation.backend, self.path, "eval.")
         loadable.check_loadable(self.path, self.engine)
         self.evaluates()
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
-        scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0)
+        answers = self.evaluator.generated(self.path, self.engine.bf16)
+        scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0, answers)
         run_folder.finish_run(self.out, {**scores, "family": self.record})
         return scores
 
