@@ -13,12 +13,12 @@ three copies of the model in TMPDIR.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from tofu.models import families, folders
 
@@ -85,16 +87,16 @@ def stage(script: str, *args: str) -> None:
 def ended(command: list[str], timeout: float | None = None, **how: object) -> subprocess.CompletedProcess:
     """A process that has ended, and what it said; after `timeout` seconds it and all that it started are killed."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, process_group=0, **pipes, **how) as process:
+    with subprocess.Popen(command, **pipes, **how) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            started = psutil.Process(process.pid).children(recursive=True)  # torchrun's are in sessions of their own
+            for one in (psutil.Process(process.pid), *started):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             out, err = process.communicate()
             err += f"\nerror: stopped after {timeout:.0f} s\n"
-        except BaseException:  # Ctrl-C does not reach another group
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

@@ -45,7 +45,8 @@ def test_a_figure_is_on_disk_at_once_and_a_failure_is_a_line(tmp_path):
 def test_a_process_is_stopped_with_all_that_it_started():
     from protocol import ended, reason
 
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+    child += "start_new_session=True).wait()"
     began = time.monotonic()
     done = ended([sys.executable, "-c", child], timeout=1.0)  # the pipes are closed when the grandchild is gone
     assert reason(done, REPO) == "stopped after 1 s" and time.monotonic() - began < 20
