@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh scripts/*/*.sh)
+SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh scripts/*/*.sh benchmarks/*/*.sh)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1  # else pyright asks the network for its newest version
 
 .DEFAULT_GOAL := help

@@ -31,7 +31,7 @@ from tofu.evaluation import evaluator, inference, row_logs, sets
 from tofu.models import batches, families, folders, loading
 
 REPO = Path(__file__).resolve().parents[1]
-SHARED = REPO.parent / "shared"
+SHARED = Path(os.environ.get("TOFU_SHARED", REPO.parent / "shared"))
 GOLDEN = SHARED / "golden" / "models" / "tiny-llama"
 SETS = {  # log -> split, right answer in the truth ratio
     "eval_log": ("retain_perturbed", "paraphrased_answer"),
@@ -67,7 +67,7 @@ def the_sets(rows: int) -> list[sets.EvalSet]:
     chosen = []
     for task, (split, base) in SETS.items():
         keys = ("question", "answer", base, "perturbed_answer")
-        sets.append(sets.EvalSet(task, data_module.load_rows(str(SHARED / "tofu"), split, keys, rows), *keys))
+        chosen.append(sets.EvalSet(task, data_module.load_rows(str(SHARED / "tofu"), split, keys, rows), *keys))
     return chosen
 
 
@@ -142,12 +142,12 @@ def our_scoring(model, tokenizer, chosen) -> Scores:
     return found
 
 
-def our_generation(model, tokenizer, tasks) -> list[str]:
-    """Generating as `evaluator.evaluate` does it."""
+def our_generation(model, tokenizer, tasks, at_once: int = AT_ONCE) -> list[str]:
+    """Generating as `evaluator.evaluate` does it with `batch_size=at_once`."""
     found = []
     for task in tasks:
         with inference.ready(model, MAX_LENGTH):
-            found += row_logs.generate_rows(model, tokenizer, task, AT_ONCE, False)
+            found += row_logs.generate_rows(model, tokenizer, task, at_once, False)
     return found
 
 

@@ -13,6 +13,7 @@ three copies of the model in TMPDIR.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -22,8 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from tofu.models import families, folders
 
@@ -40,11 +44,15 @@ SETTINGS = {  # of --memory -> script and what is set
     "full_paged": ("finetune.py", "optim=paged_adamw_32bit"),
     "full_8bit": ("finetune.py", "optim=adamw_bnb_8bit"),
     "full_stochastic": ("finetune.py", "optim=adamw_8bit_stochastic"),
+    "lora": ("finetune.py", "LoRA.r=8"),
+    "lora_4bit": ("finetune.py", "LoRA.r=8", "LoRA.quantize=4bit"),
     "lora_dpo": ("forget.py", "LoRA.r=8", "forget_loss=dpo", "save_model=false"),
     "lora_4bit_dpo": ("forget.py", "LoRA.r=8", "LoRA.quantize=4bit", "forget_loss=dpo", "save_model=false"),
 }
+MANAGED = ("full_paged",)  # it asks for managed memory, and a card can hang where that is more than the card has
 MEMORY_ROWS = 64  # of --memory: four steps
 CARDS, SPARE = (24, 40, 80), 1.0  # GB (10^9 bytes); what CUDA itself takes of a card
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
 ABOUT = "PROTOCOL_STAGE"  # environment variable: what `stage` has to know
 
 
@@ -55,6 +63,7 @@ class Row(NamedTuple):
     seconds: float
     peak: float  # GB; 0: no GPU memory used
     why: str | None = None  # it did not end well; None: it did
+    said: str = ""  # on stdout and stderr
 
 
 def stage(script: str, *args: str) -> None:
@@ -75,6 +84,22 @@ def stage(script: str, *args: str) -> None:
         Path(about["peak"]).write_text(str(peak / 1e9))
 
 
+def ended(command: list[str], timeout: float | None = None, **how: object) -> subprocess.CompletedProcess:
+    """A process that has ended, and what it said; after `timeout` seconds it and all that it started are killed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, **how) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            started = psutil.Process(process.pid).children(recursive=True)  # torchrun's are in sessions of their own
+            for one in (psutil.Process(process.pid), *started):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            out, err = process.communicate()
+            err += f"\nerror: stopped after {timeout:.0f} s\n"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def reason(done: subprocess.CompletedProcess, folder: Path) -> str | None:
     """Why a process ended badly, in its own words, without the path of `folder`; None: it did not."""
     if done.returncode == 0:
@@ -85,24 +110,42 @@ def reason(done: subprocess.CompletedProcess, folder: Path) -> str | None:
     return told[-1].replace(str(folder), ".").replace("|", "/") if told else f"exit code {done.returncode}"
 
 
-def launch(
-    script: str, *args: str, family: str, model: Path, peak: Path, checkpointing: bool = False, cwd: Path | None = None
-) -> str | None:
+def start(
+    script: str,
+    *args: str,
+    family: str,
+    model: Path,
+    peak: Path,
+    checkpointing: bool = False,
+    cwd: Path | None = None,
+    launcher: Sequence[str] = (),
+    timeout: float | None = None,
+) -> subprocess.CompletedProcess:
     """One process of an entry script, with `model` as the family's; its peak memory goes to a file.
 
-    Returns:
-        None, or why it ended badly.
+    Args:
+        launcher: what stands between python and the script, as TORCHRUN.
+        timeout: seconds after which it is killed.
     """
     about = {"family": family, "model": str(model), "checkpointing": checkpointing, "peak": str(peak)}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     one_card = {"CUDA_VISIBLE_DEVICES": "0"}  # however many there are
     env = {**quiet, **one_card, **os.environ, ABOUT: json.dumps(about)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--stage", script, *args]
-    return reason(subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True), cwd or REPO)
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--stage", script, *args]
+    return ended(command, timeout, cwd=cwd, env=env)
 
 
-def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
-    """One process: `script` in `folder`, where `model` is the family's."""
+def launch(script: str, *args: str, cwd: Path | None = None, **how: object) -> str | None:
+    """As `start`.
+
+    Returns:
+        None, or why it ended badly.
+    """
+    return reason(start(script, *args, cwd=cwd, **how), cwd or REPO)
+
+
+def run(name: str, size: str, folder: Path, script: str, *args: str, **how: object) -> Row:
+    """One process: `script` in `folder`, where `model` is the family's; `how` is of `start`."""
     from eval_speed import FAMILY
 
     peak = folder / "peak"
@@ -111,10 +154,10 @@ def run(name: str, size: str, folder: Path, script: str, *args: str) -> Row:
         args = (f"model_family={FAMILY}", *args)
     began = time.perf_counter()
     about = {"family": FAMILY, "model": folder / "model", "checkpointing": size in CHECKPOINTED, "peak": peak}
-    why = launch(script, *args, cwd=folder, **about)
-    seconds = time.perf_counter() - began
+    done = start(script, *args, cwd=folder, **about, **how)
+    seconds, why = time.perf_counter() - began, reason(done, folder)
     print(f"{name}: {f'not run: {why}' if why else f'{seconds:.1f} s'}", flush=True)
-    return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why)
+    return Row(name, seconds, float(peak.read_text()) if why is None else 0.0, why, done.stdout + done.stderr)
 
 
 def write_model(
@@ -125,7 +168,7 @@ def write_model(
     Args:
         shape: as train_speed.SIZES.
         vocabulary: the model's, where larger than the tokenizer's.
-        bf16: the weights' type where they are large, which every precision can be loaded from.
+        bf16: the weights' type where they are large, which every precision can be loaded from; a GPU draws them.
         config: of LlamaConfig, besides.
     """
     import torch
@@ -137,8 +180,12 @@ def write_model(
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     made = llama(shape, vocabulary or len(tokenizer), **ends, **config)
-    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16 if bf16 else torch.float32).save_pretrained(folder)
+    with torch.device("cuda" if bf16 and torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16 if bf16 else torch.float32)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the card is the stages'
 
 
 def the_model(size: str, folder: Path) -> None:
@@ -199,20 +246,30 @@ def protocol(size: str, rows: int | None, losses: list[str]) -> list[Row]:
     return found
 
 
-def memory(size: str, rows: int, settings: list[str]) -> list[Row]:
-    """A few steps in every setting."""
+def settings_of(sizes: list[str]) -> list[str]:
+    """Of --memory, those that are measured where none are named."""
+    return [name for name in SETTINGS if name not in MANAGED or not set(sizes) & set(BIG)]
+
+
+def memory(
+    size: str, rows: int, settings: list[str], batch: int = 16, left: Callable[[], float | None] = lambda: None
+) -> Iterator[Row]:
+    """A few steps in every setting, one after the other.
+
+    Args:
+        left: seconds that the next process may take; None: as many as it needs.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         the_model(size, folder / "model")
         data = first_rows(rows, folder / "data")
-        common = (f"data_path={data}", "num_epochs=1", "batch_size=16", "gradient_accumulation_steps=1", "save_dir=run")
+        common = (f"data_path={data}", "num_epochs=1", f"batch_size={batch}", "gradient_accumulation_steps=1")
         begin = {"finetune.py": ("split=full",), "forget.py": ("split=forget10", "model_path=model")}
-        found = []
         for name in settings:
             script, *keys = SETTINGS[name]
-            found.append(run(f"{size}_{name}", size, folder, script, *begin[script], *common, *keys))
+            told = (*begin[script], *common, "save_dir=run", *keys)
+            yield run(f"{size}_{name}", size, folder, script, *told, timeout=left())
             shutil.rmtree(folder / "run", ignore_errors=True)
-    return found
 
 
 def main() -> None:
@@ -230,7 +287,9 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=METHODS, default=["grad_diff"], help="to forget by (grad_diff)")
     parser.add_argument("--memory", action="store_true", help="measure peak memory of training steps instead")
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=["8b"], help="with --memory (8b)")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="likewise (all)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=list(SETTINGS), help=f"likewise (all, but at 1b and 8b {', '.join(MANAGED)})"
+    )
     parser.add_argument("--no-results", action="store_true", help="leave benchmarks/RESULTS.md alone")
     args = parser.parse_args()
     for size in args.sizes if args.memory else [args.size]:
@@ -238,7 +297,8 @@ def main() -> None:
             parser.error(f"{size} needs a CUDA GPU: take {'--sizes' if args.memory else '--size'} toy or bench")
     if args.memory:
         rows = args.rows or MEMORY_ROWS
-        found = [row for size in args.sizes for row in memory(size, rows, args.settings)]
+        settings = args.settings or settings_of(args.sizes)
+        found = [row for size in args.sizes for row in memory(size, rows, settings)]
         figures = {f"{row.name}_gb": row.peak for row in found if row.why is None}
         lines = ["| setting | peak, GB | 24 GB | 40 GB | 80 GB |", "| --- | ---: | --- | --- | --- |"]
         for row in found:

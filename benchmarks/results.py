@@ -19,6 +19,21 @@ def status(key: str) -> int:
     return int(line.split()[1])
 
 
+def heading(script: str, how: str) -> str:
+    """The head of an entry in RESULTS.md: the script, the day, the machine, the versions and the commit.
+
+    Args:
+        how: the settings that the numbers depend on.
+    """
+    about, cuda = provenance.versions(), torch.cuda.is_available()
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
+    return (
+        f"## {script}, {time.strftime('%Y-%m-%d')}\n\n{torch.cuda.get_device_name() if cuda else where}; "
+        f"torch {about['torch']}, transformers {about['transformers']}; commit {str(about['commit'])[:12]}"
+        f"{' with changes' if about['uncommitted_changes'] else ''}; {how}\n\n"
+    )
+
+
 def tell(script: str, how: str, lines: list[str], figures: dict[str, float], json: Path | None, append: bool) -> None:
     """Print the tables and the figures, append them to RESULTS.md, write the figures.
 
@@ -33,14 +48,7 @@ def tell(script: str, how: str, lines: list[str], figures: dict[str, float], jso
     text = "\n".join([*lines, *(["", "| figure | value |", "| --- | ---: |"] if rows else []), *rows])
     print(text)
     if append:
-        about, cuda = provenance.versions(), torch.cuda.is_available()
-        where = f"{platform.machine()}, {torch.get_num_threads()} threads, CPU"
-        head = (
-            f"## {script}, {time.strftime('%Y-%m-%d')}\n\n{torch.cuda.get_device_name() if cuda else where}; "
-            f"torch {about['torch']}, transformers {about['transformers']}; commit {str(about['commit'])[:12]}"
-            f"{' with changes' if about['uncommitted_changes'] else ''}; {how}\n\n"
-        )
         old = RESULTS.read_text() if RESULTS.is_file() else "# Results\n"
-        utils.write_text(RESULTS, f"{old.rstrip()}\n\n{head}{text}\n")
+        utils.write_text(RESULTS, f"{old.rstrip()}\n\n{heading(script, how)}{text}\n")
     if json:
         utils.write_json(json, {"figures": figures})

@@ -149,10 +149,27 @@ def llama(shape: tuple[int, int, int, int, int], vocabulary: int, **more: Any) -
     )
 
 
-def make_model(size: str, vocabulary: int) -> LlamaForCausalLM:
-    """Random weights, always the same."""
+def make_model(size: str, vocabulary: int, device: str = "cpu", **config: Any) -> LlamaForCausalLM:
+    """Random weights, always the same on one kind of device; `config` is LlamaConfig's, besides."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(llama(SIZES[size], vocabulary))
+    with torch.device(device):
+        return LlamaForCausalLM(llama(SIZES[size], vocabulary, **config))
+
+
+def work(
+    model: LlamaForCausalLM, data: data_module.TrainingSet, batches: list[list[data_module.Slot]]
+) -> tuple[float, float]:
+    """Multiply-adds' FLOPs that steps of these batches need, real tokens only, and those tokens, per step.
+
+    6 a weight and token; the head's weights at scored positions alone; attention's own not counted.
+    """
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    tables = {id(table): table.numel() for table in (head, embeddings)}  # one, where they are tied
+    body = sum(p.numel() for p in model.parameters()) - sum(tables.values())
+    samples = [sample for batch in batches for slot in batch for sample in data[slot][0].values()]
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    scored = sum(target != data_module.IGNORE for sample in samples for target in sample.targets)
+    return 6 * (body * tokens + head.numel() * scored) / len(batches), tokens / len(batches)
 
 
 class Job:
@@ -241,19 +258,9 @@ class Job:
         return took, trainer.state.log_history[0]["loss"]
 
     def work(self) -> tuple[float, float]:
-        """Multiply-adds' FLOPs that the measured steps of one run need, real tokens only, and those tokens, per step.
-
-        6 a weight and token; the head's weights at scored positions alone; attention's own not counted.
-        """
-        head = self.model.lm_head.weight.numel()
-        body = sum(p.numel() for p in self.model.parameters()) - head - self.model.model.embed_tokens.weight.numel()
-        tokens = scored = 0
-        for batch in list(data_module.GlobalBatches(len(self.data), self.batch_size, 0, 1))[WARM : WARM + STEPS]:
-            for slot in batch:
-                for sample in self.data[slot][0].values():
-                    tokens += len(sample.input_ids)
-                    scored += sum(target != data_module.IGNORE for target in sample.targets)
-        return 6 * (body * tokens + head * scored) / STEPS, tokens / STEPS
+        """`work` of the measured steps of one run."""
+        batches = list(data_module.GlobalBatches(len(self.data), self.batch_size, 0, 1))
+        return work(self.model, self.data, batches[WARM : WARM + STEPS])
 
 
 def costs(size: str, repetitions: int) -> list[str]:

@@ -27,12 +27,13 @@ PRIVATE = {  # name -> where
     "_attn_implementation": {"architectures"},
     "_get_num_items_in_batch": {"dataloader"},
     "_n_gpu": {"optimisation"},
+    "_python_dispatch": {"training"},  # torch's TorchDispatchMode; tests/test_gpu_calls.py runs it
     "_reset_state": {"ranks"},
     "_supports_flash_attn": {"architectures"},
     "_supports_flex_attn": {"architectures"},
     "_supports_sdpa": {"architectures"},
 }
-FILES = [*REPO.glob("*.py"), *REPO.glob("tofu/**/*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
+FILES = [file for where in ("*.py", "tofu/**/*.py", "scripts/*.py", "benchmarks/**/*.py") for file in REPO.glob(where)]
 OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
 
 
