@@ -1,4 +1,4 @@
-"""How many weights a model has, and what one of its decoder blocks consists of: from its config alone, no weight read."""
+"""How many weights a model has, and what its decoder blocks consist of: from its config alone, no weight is read."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from tofu.models import architectures
 
 FLOAT_NORMS = ("Gemma", "Olmo")  # whose norms multiply by their weight in float32, whatever the model computes in
-PIECEWISE = ("NewGELUActivation", "FastGELUActivation")  # activations out of several operations, which keep 3 tensors more
+PIECEWISE = ("NewGELUActivation", "FastGELUActivation")  # made of several operations: 3 more tensors are kept
 
 
 class Sizes(NamedTuple):

@@ -12,9 +12,9 @@ from tofu.cli.schema import STOCHASTIC
 from tofu.models.engines import Engine
 from tofu.models.sizes import Sizes
 
-LOSS = 12  # bytes per logit at most: float32 log-probabilities, their gradient and the logits' (counted for each method)
+LOSS = 12  # bytes per logit at most: float32 log-probabilities, their gradient and the logits'
 LOSS_LIVE = 20  # where the loss reads the reference model's distribution too: both models' logits and their logarithms
-FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight in NF4: 8 bits for each 64, and a float32 for each 256 of them
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per weight in NF4: 8 bits for 64 weights, a float32 for 256 of these
 LIVE = 10**9  # DeepSpeed's default of stage3_max_live_parameters: gathered weights that ZeRO-3 keeps for a later use
 
 
@@ -32,11 +32,18 @@ class Setting(NamedTuple):
     accumulation: int = 1
     compares: str = "none"  # what the method needs of the reference model: none, log-probabilities, live
     reference: torch.dtype | None = None  # of the live copy's weights; None: there is no copy
+    cuda: bool = False
+    blocks: range | None = None  # whose feed-forward layers' last weights alone train, of which they are; None: all
 
     @property
     def adapted(self) -> bool:
         """Whether adapters train."""
         return self.rank > 0
+
+    @property
+    def partial(self) -> bool:
+        """Whether the embeddings and most other weights are frozen."""
+        return self.adapted or self.blocks is not None
 
 
 class Batch(NamedTuple):
@@ -63,7 +70,7 @@ class Estimate(NamedTuple):
 
 def estimate(sizes: Sizes, setting: Setting, batch: Batch) -> Estimate:
     """What one optimiser step takes: forward, backward, update."""
-    size, held = _Weights.of(sizes, setting), _kept(sizes, setting, batch)
+    size, held = _Weights.of(sizes, setting, batch), _kept(sizes, setting, batch)
     paged = "paged" in setting.optim
     reference = 0
     if setting.reference is not None:
@@ -71,7 +78,7 @@ def estimate(sizes: Sizes, setting: Setting, batch: Batch) -> Estimate:
     base = size.weights + reference + (0 if paged else size.states)
     many = setting.accumulation > 1 or setting.processes > 1 or setting.engine.name == "deepspeed"
     there = size.gradients if many else 0  # gradients of an earlier micro-batch, or in buckets that stay
-    head = 0 if setting.adapted else sizes.vocabulary * sizes.hidden * 4
+    head = 0 if setting.partial else sizes.vocabulary * sizes.hidden * 4
     pieces = batch.scored * sizes.vocabulary > dataloader.LOGITS and batch.samples > 1
     most = min(batch.scored * sizes.vocabulary, dataloader.LOGITS) if pieces else batch.scored * sizes.vocabulary
     logits = most * (LOSS_LIVE if setting.compares == "live" else LOSS)
@@ -108,51 +115,63 @@ class _Weights(NamedTuple):
     update: float  # the optimiser's own temporary tensors
 
     @classmethod
-    def of(cls, sizes: Sizes, setting: Setting) -> "_Weights":
+    def of(cls, sizes: Sizes, setting: Setting, batch: Batch) -> "_Weights":
         engine, n = setting.engine, setting.processes
         computed = 2 if engine.bf16 else 4
-        trained = setting.rank * sizes.adapted if setting.adapted else sizes.weights
+        trained, frozen = _trained(sizes, setting), _frozen(sizes, setting)
         each = 4 if setting.adapted else setting.weights.itemsize
-        frozen = _frozen(sizes, setting)
-        tables = 0 if setting.adapted else sizes.embedding
+        tables = 0 if setting.partial else sizes.embedding
         states = (trained - tables) * states_per_weight(setting.optim, each)
         states += tables * states_per_weight(setting.optim, each, embedding=True)
-        gathered = 0.0
-        if engine.name == "deepspeed":  # its own copy in float32 beside what computes; sums in float32
-            share = n if engine.sharded else 1
+        gathered, share = 0.0, n if engine.sharded else 1
+        weights, gradients = (trained * each + frozen) / share, trained * each / share
+        if engine.name == "deepspeed":  # a copy in float32 beside what computes; gradients are summed in float32
             weights = (trained * computed + frozen) / share + trained * 4 / n
             gradients, states = trained * 4 / n, states / n
             if engine.sharded:
-                limit = (engine.deepspeed or {}).get("zero_optimization", {}).get("stage3_max_live_parameters", LIVE)
+                limit = (engine.deepspeed or {})["zero_optimization"].get("stage3_max_live_parameters", LIVE)
                 gathered = min(sizes.weights, limit if isinstance(limit, int | float) else LIVE) * computed
         elif engine.name == "fsdp":
-            weights, gradients, states = (trained * each + frozen) / n, trained * each / n, states / n
+            states = states / n
             gathered = (sizes.embedding + sizes.head + 3 * sizes.layer) * computed  # two blocks, and one's gradients
-        else:
-            weights, gradients = trained * each + frozen, trained * each
         casts = engine.bf16 and engine.name == "ddp" and setting.weights == torch.float32
-        head = sizes.vocabulary * sizes.hidden
-        blocks = sizes.matrices / (sizes.layers if setting.checkpointing else 1)
-        foreach = setting.optim == "adamw_torch"  # a list of temporary tensors as large as all weights
+        head = sizes.vocabulary * sizes.hidden * (batch.scored > 0)
+        blocks = sizes.matrices / sizes.layers * (1 if setting.checkpointing else _active(sizes, setting, batch))
+        foreach = setting.optim == "adamw_torch" and setting.cuda  # temporary tensors, one per weight
         return cls(
             weights=weights,
             gradients=gradients,
             states=states,
             copies=2 * (blocks + head) if casts else 0,
-            head_copy=2 * head if casts and not setting.adapted else 0,
-            block=0 if setting.adapted else sizes.layer * 4,
+            head_copy=2 * head if casts and not setting.partial else 0,
+            block=0 if setting.partial else sizes.layer * 4,
             gathered=gathered,
             update=4 * trained / (1 if engine.name == "ddp" else n) if foreach else 0,
         )
 
 
+def _trained(sizes: Sizes, setting: Setting) -> float:
+    """How many weights train."""
+    share = len(setting.blocks) / sizes.layers if setting.blocks is not None else 1
+    if setting.adapted:
+        return setting.rank * sizes.adapted * share
+    return sizes.weights if setting.blocks is None else len(setting.blocks) * sizes.hidden * sizes.intermediate
+
+
 def _frozen(sizes: Sizes, setting: Setting) -> float:
-    """Bytes of the base model that adapters train on; 0 where all weights train."""
-    if not setting.adapted:
-        return 0
+    """Bytes of the weights that don't train: the base model of adapters, the layers that a method leaves alone."""
     if setting.quantize:
         return sizes.linear * FOUR_BITS + (sizes.weights - sizes.linear) * setting.weights.itemsize
-    return sizes.weights * setting.weights.itemsize
+    sharded = setting.engine.name == "deepspeed" and setting.engine.bf16
+    whole = sizes.weights if setting.adapted else sizes.weights - _trained(sizes, setting)
+    return whole * (2 if sharded else setting.weights.itemsize)
+
+
+def _active(sizes: Sizes, setting: Setting, batch: Batch) -> int:
+    """How many blocks have a backward: those from the first that trains to the last that a term looks at."""
+    if setting.blocks is None:
+        return sizes.layers
+    return (sizes.layers if batch.scored else setting.blocks.stop) - setting.blocks.start
 
 
 def states_per_weight(optim: str, size: int, embedding: bool = False) -> float:
@@ -191,9 +210,10 @@ def _kept(sizes: Sizes, setting: Setting, batch: Batch) -> _Kept:
     block = tokens * per_token(sizes, setting, batch.width)
     last = tokens * 2 * 4 * sizes.hidden + batch.scored * computed * sizes.hidden + tokens * batch.width
     work = tokens * (2 * computed * sizes.intermediate * max(1, sizes.experts) + 4 * stream * sizes.hidden)
+    active = _active(sizes, setting, batch)
     if setting.checkpointing:
-        return _Kept(tokens * sizes.layers * stream * sizes.hidden + last, block, work)
-    return _Kept(block * sizes.layers + last, 0, work)
+        return _Kept(tokens * active * stream * sizes.hidden + last, block, work)
+    return _Kept(block * active + last, 0, work)
 
 
 def in_16_bits(setting: Setting) -> bool:
@@ -213,7 +233,7 @@ def per_token(sizes: Sizes, setting: Setting, width: int) -> float:
     norms = sizes.rms * (4 + weighted) + sizes.layer_norm * (2 if half else 4)
     norms += sizes.float_rms * 2 if half and weighted else 0
     if setting.adapted and (setting.dropout or setting.engine.bf16):  # each adapter has an input of its own
-        inputs = sizes.inputs * (computed + setting.dropout)
+        inputs = sizes.inputs * (computed + setting.dropout * (1 if setting.cuda else 4))
     elif setting.engine.bf16 and not half:  # each layer makes 16 bits of its own of them
         inputs = hidden * 2 * sizes.readers
     else:
