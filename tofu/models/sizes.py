@@ -32,7 +32,8 @@ class Sizes(NamedTuple):
     rms: int  # features that the block's RMS norms see
     float_rms: int  # of these, in norms that multiply in float32
     layer_norm: int  # features that its other norms see
-    readers: int  # linear layers of the block that read hidden states
+    linears: int  # linear layers of the block
+    readers: int  # of these, those that read hidden states
     inputs: int  # features that its linear layers read
     copies: int  # tensors of the feed-forward layer's width that its backward needs
     experts: int  # that a token passes through; 0: no mixture
@@ -90,6 +91,7 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         rms=sum(seen for _, seen in rms),
         float_rms=sum(seen for module, seen in rms if type(module).__name__.startswith(FLOAT_NORMS)),
         layer_norm=sum(seen for _, seen in norms) - sum(seen for _, seen in rms),
+        linears=len(linear),
         readers=max(1, len(linear) - 1 - any("attn" not in name and "attention" not in name for name in linear)),
         inputs=sum(one.weight.shape[1] for one in linear.values()),
         copies=(4 if gated else 2) + 3 * any(type(one).__name__ in PIECEWISE for one in block.modules()),

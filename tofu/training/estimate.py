@@ -232,18 +232,20 @@ def per_token(sizes: Sizes, setting: Setting, width: int) -> float:
     weighted = 0 if setting.adapted else 2 if half else 4  # a norm's output before its weight, where that trains
     norms = sizes.rms * (4 + weighted) + sizes.layer_norm * (2 if half else 4)
     norms += sizes.float_rms * 2 if half and weighted else 0
-    if setting.adapted and (setting.dropout or setting.engine.bf16):  # each adapter has an input of its own
+    own = setting.adapted and (setting.dropout or setting.engine.bf16)  # each adapter has an input of its own
+    if own:
         inputs = sizes.inputs * (computed + setting.dropout * (1 if setting.cuda else 4))
     elif setting.engine.bf16 and not half:  # each layer makes 16 bits of its own of them
         inputs = hidden * 2 * sizes.readers
     else:
         inputs = hidden * computed * (1 if sizes.rms + sizes.layer_norm == hidden else 2)
+    inputs += computed * setting.rank * sizes.linears
     attention = computed * 4 * sizes.queries + 4 * sizes.heads
     if sizes.attention == "eager":
         softmax = 6 if setting.engine.bf16 else 4
         attention += sizes.heads * width * (softmax + computed * sizes.cap)
     elif not sizes.attention.startswith(("flash", "flex", "varlen")):
         attention += computed * width  # the mask
-    copies = sizes.copies - setting.adapted  # a frozen layer doesn't need its input
+    copies = sizes.copies - own  # the frozen layer beside it doesn't need its input
     mixed = hidden * sizes.experts * (4 * 2 if not setting.engine.bf16 else 2 * 2 if half else 2 * 2 + 6)
     return norms + inputs + attention + computed * copies * wide + mixed

@@ -175,18 +175,22 @@ def advice(found: Forecast) -> str:
 
 
 def alternatives(counted: Sizes, setting: Setting, batch: Batch, card: int) -> list[tuple[str, int]]:
-    """The other settings of a run that fit a card of so many bytes, with their peaks; those with fewest changes.
+    """The changes of a run's settings, one at a time, with which it fits a card of so many bytes, and their peaks.
 
-    Where none fits by itself, each is tried together with gradient checkpointing.
+    What does not fit by itself is tried together with gradient checkpointing.
     """
-    tried = _changes(counted, setting, batch, card)
-    peaks = [(words, estimate(counted, *changed).peak) for words, *changed in tried]
-    if not setting.checkpointing and all(peak > card for _, peak in peaks):
-        tried = _changes(counted, setting._replace(checkpointing=True), batch, card)
-        peaks = [(f"{words} with {CHECKPOINTING}", estimate(counted, *changed).peak) for words, *changed in tried]
-    return [(words, peak) for words, peak in peaks if peak <= card]
+    found = []
+    for words, *changed in _changes(counted, setting, batch, card):
+        peak = estimate(counted, *changed).peak
+        if peak > card and not setting.checkpointing:
+            words, changed[0] = f"{words} with {CHECKPOINTING}", changed[0]._replace(checkpointing=True)
+            peak = estimate(counted, *changed).peak
+        if peak <= card:
+            found.append((words, peak))
+    return found
 
 
+TIMES = (2, 4, 8, 16, 32, 64)  # as many GPUs, or as many times smaller a batch, are tried
 CHECKPOINTING = "gradient_checkpointing: true in config/model_config.yaml"
 
 
@@ -205,13 +209,12 @@ def _changes(counted: Sizes, setting: Setting, batch: Batch, card: int) -> list[
     if not setting.quantize and engine.name == "ddp":
         words = f"LoRA.r={adapters.rank} LoRA.quantize=4bit"
         found.append((words, adapters._replace(quantize="4bit"), batch))
-    smaller = [_cut(setting, batch, by) for by in (2, 4, 8, 16, 32, 64) if by <= batch.samples]
-    found += _first_that_fits(counted, smaller, card)
+    found += _first_that_fits(counted, [_cut(setting, batch, by) for by in TIMES if by <= batch.samples], card)
     if not setting.quantize:
         sharded = Engine("deepspeed", engine.bf16, {"zero_optimization": {"stage": 3}})
         weights = half if setting.adapted else torch.float32
         shared = setting._replace(engine=sharded, optim=FUSED, weights=weights)
-        more = [shared._replace(processes=n) for n in (2, 4, 8, 16, 32, 64) if n > setting.processes]
+        more = [shared._replace(processes=n) for n in TIMES if n > setting.processes]
         many = [(f"{one.processes} GPUs with engine=deepspeed", one, batch) for one in more]
         found += _first_that_fits(counted, many, card)
     return found
@@ -256,13 +259,13 @@ def table(found: Forecast, family: str) -> str:
     engine, zero = setting.engine, (setting.engine.deepspeed or {}).get("zero_optimization", {}).get("stage")
     trained = f"adapters of rank {setting.rank}" if setting.adapted else "all weights"
     if setting.blocks is not None:
-        trained += f" in part: those of {len(setting.blocks)} blocks"
-    precision = "bf16" if engine.bf16 else "fp32"
-    shared = f"{engine.name}{f' ZeRO-{zero}' if zero else ''}, {precision}, {setting.processes} processes"
+        trained = f"MLP output projections of {len(setting.blocks)} blocks"
+    kind = f"{engine.name} ZeRO-{zero}" if zero else engine.name
+    processes = f"{setting.processes} process{'es' * (setting.processes > 1)}"
     rows = [
         ("family", f"{family}, {found.sizes.weights / 1e9:.3g} * 10^9 weights"),
         ("trained", trained + (f" on a base in {setting.quantize}" if setting.quantize else "")),
-        ("engine", shared),
+        ("engine", f"{kind}, {'bf16' if engine.bf16 else 'fp32'}, {processes}"),
         ("optimiser", setting.optim),
         ("micro-batch", f"{batch.rows} rows of {batch.width} tokens, {batch.scored} scored, the widest of an epoch"),
         *((name, size(getattr(told, name))) for name in PARTS[:-1]),
