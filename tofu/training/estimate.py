@@ -84,6 +84,7 @@ def estimate(sizes: Sizes, setting: Setting, batch: Batch) -> Estimate:
     logits = most * (LOSS_LIVE if setting.compares == "live" else LOSS)
     again = head * (2 * (not sizes.head) + (there > 0))  # a gradient that is added to another one
     moments = (
+        there + held.all + size.cached + most * 2,  # the forward's end
         there + held.all + size.copies + logits + (head if pieces else 0),  # the loss's backward
         there + held.all + size.copies + most * 4 + head + size.head_copy,  # the output head's
         max(there, head) + held.all + held.one + held.work + size.copies + size.block,  # the last block's
@@ -108,7 +109,8 @@ class _Weights(NamedTuple):
     weights: float
     gradients: float
     states: float
-    copies: float  # that autocast makes of float32 weights, as many as a backward waits for
+    cached: float  # copies that autocast makes of float32 weights and keeps until the forward ends
+    copies: float  # of these, the ones that a backward waits for
     head_copy: float  # of the output head's gradient, in 16 bits
     block: float  # gradients of one block, before they are where they stay
     gathered: float  # whole weights of what is sharded, while they are used
@@ -142,6 +144,7 @@ class _Weights(NamedTuple):
             weights=weights,
             gradients=gradients,
             states=states,
+            cached=2 * (sizes.matrices * _active(sizes, setting, batch) / sizes.layers + head) if casts else 0,
             copies=2 * (blocks + head) if casts else 0,
             head_copy=2 * head if casts and not setting.partial else 0,
             block=0 if setting.partial else sizes.layer * 4,
