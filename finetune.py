@@ -26,6 +26,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     job = Job(cfg, families.family(cfg.model_family).hf_key, "model_family", objective.finetuning())
     job.read()
     job.check()
+    if cfg.dry_run:
+        return job.dry_run()
     job.start()
     trainer = job.trainer()
     return job.finish(trainer, dataloader.fit(trainer))

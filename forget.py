@@ -27,8 +27,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     if cfg.eval_only:
         return job.evaluate_only()
     job.check()
-    if cfg.eval_while_train:
-        job.evaluates()
+    if cfg.dry_run:
+        return job.dry_run()
     job.start()
     trainer = job.trainer()
     return job.finish(trainer, dataloader.fit(trainer))

@@ -220,6 +220,8 @@ TITLES = {
         (F, "attention=flash_attention_2", "needs the flash_attn"),
         (F, "liger_kernel=true", "needs a GPU"),
         (F, "optim=adamm", "optim=adamm"),
+        (F, "optim=paged_ademamix_8bit", "bitsandbytes cannot step on cpu"),
+        (F, "dry_run=true eval_only=true", "trains nothing"),
         (F, "report_to=mlflow", "report_to=mlflow"),
         (F, "forget_loss.forget=npoo", "did you mean npo?"),
         (F, "forget_loss=npo forget_loss.forget_args.beta=0", "above 0"),

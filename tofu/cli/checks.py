@@ -187,6 +187,8 @@ def _check_forget(cfg: DictConfig) -> None:
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
     method.lr, method.num_epochs = cfg.lr, cfg.num_epochs  # the record has one answer
+    if cfg.eval_only and cfg.dry_run:
+        raise BadInput("dry_run=true estimates a training, and eval_only=true trains nothing: leave one of them out")
     if cfg.retain_split is not None:  # also where the method does not read it
         _check_split(cfg.data_path, cfg.retain_split, "retain_split")
     cfg.retain_split = cfg.retain_split or _retain_split(cfg.split)

@@ -55,6 +55,7 @@ class Run:
     report_to: Any = MISSING
     progress: bool = MISSING
     overwrite_dir: bool = MISSING
+    dry_run: bool = MISSING
     save_dir: str = MISSING
 
 

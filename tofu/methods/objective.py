@@ -85,6 +85,14 @@ class Method:
     def prepare(self, model: Any, out: Path, seed: int) -> None:
         """Change the model that will train, just loaded and not yet wrapped by an engine; `out` is the run's folder."""
 
+    def trained_blocks(self, config: Any) -> range | None:
+        """The blocks (from 0) whose MLP output projections alone train; None: nothing is frozen by the method.
+
+        Args:
+            config: the model's, of its text part.
+        """
+        return None
+
     def term_weight(self, term: Term, progress: float) -> float:
         """What multiplies a term in the step at hand; `progress` is the share of the run's steps that are done."""
         return term.weight

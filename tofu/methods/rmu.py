@@ -52,6 +52,11 @@ class Rmu(Method):
         if method.depth > 1:
             raise BadInput(f"forget_loss.depth={method.depth}: it is a share of the blocks, at most 1")
 
+    def trained_blocks(self, config: PretrainedConfig) -> range:
+        """The steered block and those below it, as many as `blocks` says."""
+        block = block_at(config, self.keys.depth)
+        return range(max(0, block + 1 - self.keys.blocks), block + 1)
+
     def prepare(self, model: Any, out: Path, seed: int) -> None:
         """Freeze all but the method's layers, and draw the control vector and keep it."""
         config = model.config.get_text_config()

@@ -30,6 +30,7 @@ NOT_SETTINGS = (
     "save_dir",
     "overwrite",
     "overwrite_dir",
+    "dry_run",
     "progress",
     "logging_steps",
     "report_to",

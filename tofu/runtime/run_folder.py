@@ -49,7 +49,7 @@ def start_run(
             raise BadInput(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
-    if not overwrite and _in_a_sweep():
+    if not overwrite and in_a_sweep():
         _check_complete(cfg, folder)  # on every rank: they all go on to the next job
     if ranks.rank() > 0:
         return folder
@@ -114,7 +114,8 @@ def undo() -> None:
             claim.give_up(folder)
 
 
-def _in_a_sweep() -> bool:
+def in_a_sweep() -> bool:
+    """Whether this process runs the jobs of a sweep, one after another."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -16,7 +16,7 @@ from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
 from tofu.runtime import run_folder
-from tofu.training import optimisation
+from tofu.training import forecast, optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,11 @@ class Job:
     def check(self) -> None:
         """Refuse a model that can't be trained as the config asks for, and settings that the Trainer would refuse.
 
+        Of a run with `eval_while_train` the evaluation's sets are read; how much memory a step takes is said.
+
         Raises:
-            BadInput: see `loadable.check_loadable` and `optimisation.arguments`; also gradient norms where an engine
-                shards the gradients.
+            BadInput: see `loadable.check_loadable`, `evaluates`, `optimisation.arguments` and `forecast.refuse`; also
+                gradient norms where an engine shards the gradients.
         """
         cfg = self.cfg
         if cfg.get("log_gradient_norms") and self.engine.name != "ddp":
@@ -84,7 +86,34 @@ class Job:
         )
         keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
         states = any(term.contract.states for term in self.method.terms)
-        loadable.check_loadable(self.path, self.engine, self.attention, states=states, **keys)
+        loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=not cfg.dry_run, **keys)
+        if cfg.get("eval_while_train"):
+            self.evaluates()
+        checkpointing = self.family.gradient_checkpointing
+        optim, self.forecast = forecast.of_run(
+            cfg, self.path, self.engine, self.attention, self.data, self.method, checkpointing
+        )
+        self.args = optimisation.arguments(
+            cfg.save_dir,
+            samples=len(self.data),
+            engine=self.engine,
+            gradient_checkpointing=checkpointing,
+            **{key: cfg[key] for key in optimisation.ARGUMENTS} | {"optim": optim},
+        )
+        if self.forecast is not None and not cfg.dry_run:
+            log.info(forecast.line(self.forecast))
+            forecast.refuse(self.forecast)
+
+    def dry_run(self) -> dict[str, Any]:
+        """Say how much memory a step takes; no folder is made and no weight is read.
+
+        Returns:
+            The bytes by name.
+        """
+        if self.forecast is None:
+            return {}  # why has been said
+        log.info(forecast.table(self.forecast, self.cfg.model_family))
+        return self.forecast.estimate._asdict()
 
     def evaluates(self) -> None:
         """Read and tokenise the evaluation's sets.
@@ -98,19 +127,12 @@ class Job:
         )
 
     def start(self) -> Path:
-        """Make the run's folder, once the Trainer's arguments are known to be right.
+        """Make the run's folder, once `check` has found nothing.
 
         Raises:
-            BadInput: see `optimisation.arguments` and `run_folder.start_run`.
+            BadInput: see `run_folder.start_run`.
         """
         cfg, method = self.cfg, self.method
-        self.args = optimisation.arguments(
-            cfg.save_dir,
-            samples=len(self.data),
-            engine=self.engine,
-            gradient_checkpointing=self.family.gradient_checkpointing,
-            **{key: cfg[key] for key in optimisation.ARGUMENTS},
-        )
         method.start, method.num_epochs = self.path, cfg.num_epochs
         method.steps_per_epoch = optimisation.steps_per_epoch(
             len(self.data), cfg.batch_size * cfg.gradient_accumulation_steps

@@ -1,6 +1,7 @@
 """How a run optimises: the Trainer's arguments out of a config's keys, and the optimisers, before a model is loaded."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
-from transformers.utils import is_bitsandbytes_available, is_torchao_available
+from transformers.utils import is_torchao_available
 
+import utils
 from tofu.cli.schema import STOCHASTIC
 from tofu.models.engines import Engine
 from tofu.runtime import ranks
@@ -49,8 +51,6 @@ def _enough_steps(samples: int, batch_size: int, accumulation: int, num_epochs: 
 def _named_optim(optim: str, engine: Engine) -> str:
     """The optimiser by transformers' name for it; raise BadInput for one that there is not."""
     choice_of_optim = sorted(name.value for name in OptimizerNames)
-    if optim == "auto":
-        return best_optim(engine)
     if optim == STOCHASTIC:
         _check_stochastic(engine)
         return "adamw_torch"  # for the arguments; the Trainer is given the other
@@ -83,10 +83,12 @@ def arguments(
 
     Args:
         samples: rows in an epoch; sets the warm-up of one epoch.
+        optim: as the config names it, but for auto: `best_optim` says what that is.
 
     Raises:
         BadInput: more processes than rows; fewer than two optimiser steps besides the first, whose learning rate is 0;
-            an optimiser or a place to report to that transformers does not know, or whose package is not installed.
+            an optimiser or a place to report to that transformers does not know, or whose package is not installed; an
+            optimiser of bitsandbytes that does not run here.
     """
     per_epoch = _enough_steps(samples, batch_size, gradient_accumulation_steps, num_epochs)
     optim = _named_optim(optim, engine)
@@ -147,9 +149,19 @@ def _check_stochastic(engine: Engine) -> None:
         raise BadInput(f"optim={STOCHASTIC} needs the torchao package: pip install torchao")
 
 
-def best_optim(engine: Engine) -> str:
-    """What `optim=auto` means: AdamW whose states can leave a full GPU, else torch's own in one kernel."""
-    paged = engine.name == "ddp" and torch.cuda.is_available() and is_bitsandbytes_available()
+def best_optim(engine: str, *, cuda: bool, fits: bool, sweep: bool, bitsandbytes: bool) -> str:
+    """What `optim=auto` means: torch's AdamW in one kernel; where it does not fit the card, one with paged states.
+
+    Paged states wait for the device after every parameter, and their memory is not given back before the process ends:
+    in a sweep each job would take more of it.
+
+    Args:
+        engine: its name.
+        fits: whether a step with torch's AdamW fits the card, by the run's own estimate.
+        sweep: whether the process runs several jobs.
+        bitsandbytes: whether that package is there.
+    """
+    paged = engine == "ddp" and cuda and bitsandbytes and not fits and not sweep
     return "paged_adamw_32bit" if paged else "adamw_torch_fused"
 
 
@@ -161,9 +173,29 @@ def _check_installed(args: TrainingArguments, optim: str, report_to: str | list[
     except Exception as error:  # ValueError, RuntimeError or ImportError, by the integration
         raise BadInput(f"report_to={report_to}: {error}") from None
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # some optimisers ask for a model, any
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))  # some ask for a model, any
     except Exception as error:
         raise BadInput(f"optim={optim}: {error}") from None
+    if kind.__module__.startswith("bitsandbytes"):
+        _try_step(optim, kind, kwargs, args.device)
+
+
+def _try_step(optim: str, kind: type[torch.optim.Optimizer], kwargs: dict[str, Any], device: torch.device) -> None:
+    """Raise BadInput where an optimiser's native library does not run: it would be found out at the first step."""
+    weight = torch.nn.Parameter(torch.ones(TRIED, device=device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is paged on a CPU
+            kind([weight], **kwargs).step()
+    except Exception as error:  # RuntimeError, NameError, AttributeError, by what is missing
+        raise BadInput(
+            f"optim={optim}: bitsandbytes cannot step on {device.type} ({utils.one_line(error)}): install a build of "
+            "it for this machine, or take optim=adamw_torch_fused"
+        ) from None
+
+
+TRIED = 2**17  # weights: fewer would have no states in 8 bits, and none that are paged
 
 
 MOVING = 2  # optimiser steps with a learning rate above 0 that a run has at least; the very first has 0
