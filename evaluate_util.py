@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     path = folders.resolve(cfg.model_path, key)
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
     evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page)
-    engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
+    engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, path)
     vllm_backend.check(cfg.generation.backend, path)
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))

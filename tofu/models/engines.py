@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig
 
 import utils
+from tofu.models import folders, sizes
 from tofu.runtime import ranks
 from utils import BadInput
 
@@ -52,6 +54,33 @@ def engine_of(name: str, ds_config: str, precision: str) -> Engine:
         raise BadInput(f"ds_config={ds_config}: its zero_optimization.stage must be 2 or 3")
     _stand_alone()
     return Engine(name, bf16, found)
+
+
+HELD = 0.6  # of a card's memory that the weights of a copy may take: the rest is for caches and logits
+
+
+def engine_of_evaluation(name: str, ds_config: str, precision: str, path: str) -> Engine:
+    """`engine_of` for a model that only predicts: on several GPUs auto is ddp where each of them holds a copy.
+
+    A model that the processes share is gathered anew for every token that it generates.
+
+    Args:
+        path: of the model, as `folders.resolve` gave it.
+    """
+    if name == "auto" and torch.cuda.is_available() and ranks.world_size() > 1:
+        whole = folders.base_of(path) if folders.is_adapter(path) else path
+        with folders.told("architecture", whole):
+            model = sizes.shell(AutoConfig.from_pretrained(whole, trust_remote_code=False))
+        alone = engine_of("ddp", ds_config, precision)
+        card = torch.cuda.get_device_properties(0).total_memory
+        if holds_a_copy(sum(one.numel() for one in model.parameters()), alone.bf16, card):
+            return alone
+    return engine_of(name, ds_config, precision)
+
+
+def holds_a_copy(weights: int, bf16: bool, card: int) -> bool:
+    """Whether a card of so many bytes holds a model to predict with."""
+    return weights * (2 if bf16 else 4) <= HELD * card
 
 
 def warn_of_coarse_sums(engine: Engine, ds_config: str) -> None:

@@ -39,6 +39,7 @@ def attention_of(path: str, engine: Engine, family: Any, wanted: str, *, packing
     why = varlen.why_not(config, bf16=engine.bf16, packing=packing, compiled=compiled)
     if why and wanted == varlen.NAME:
         raise BadInput(f"attention={wanted}: {why}: take attention=auto")
+    varlen.register()
     return None if why else varlen.NAME
 
 

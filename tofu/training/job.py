@@ -196,6 +196,7 @@ class Job:
         """
         cfg = self.cfg
         vllm_backend.check(cfg.eval.generation.backend, self.path, "eval.")
+        self.engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, self.path)
         loadable.check_loadable(self.path, self.engine)
         self.evaluates()
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
