@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Trainer
 import data_module
 import dataloader
 from tofu.methods import objective
-from tofu.models import families, folders, sizes
+from tofu.models import batches, families, folders, sizes
 from tofu.models.engines import Engine
 from tofu.training import estimate, forecast, optimisation
 from tofu.training.estimate import Batch, Setting
@@ -121,14 +121,13 @@ def test_the_widest_micro_batch(model_folder, method, row):
     for rank in range(2):
         for slots in data_module.GlobalBatches(len(data), 3, rank, 2, 2, None if row else data.length):
             held = {part: [data[slot][0][part] for slot in slots] for part in parts}
-            made.append(data_module.collate(held, None, of("attended"), row, of("states")))
+            made.append(batches.collate(held, None, of("attended"), row, of("states")))
     found = forecast.widest(data, chosen, 3, 2, 2, row)
     assert found.rows * found.width == max(batch["input_ids"].numel() for batch in made)
     assert (found.rows, found.width) in {tuple(batch["input_ids"].shape) for batch in made}
     states = of("states")
     scored = [
-        sum(int((batch["keep"] & (batch["part"] == k)).sum()) for k, part in enumerate(parts) if part not in states)
-        for batch in made
+        sum(sum(block.lengths) for part, block in batch["blocks"].items() if part not in states) for batch in made
     ]
     assert (found.scored, found.samples) == (max(scored), 3)
 

@@ -74,7 +74,9 @@ def estimate(sizes: Sizes, setting: Setting, batch: Batch) -> Estimate:
     paged = "paged" in setting.optim
     reference = 0
     if setting.reference is not None:
-        reference = sizes.weights * setting.reference.itemsize // (setting.processes if setting.engine.sharded else 1)
+        short = sizes.linear + sizes.head if setting.engine.name == "ddp" else sizes.weights  # see `loading.narrow`
+        reference = short * setting.reference.itemsize + (sizes.weights - short) * 4
+        reference //= setting.processes if setting.engine.sharded else 1
     base = size.weights + reference + (0 if paged else size.states)
     many = setting.accumulation > 1 or setting.processes > 1 or setting.engine.name == "deepspeed"
     there = size.gradients if many else 0  # gradients of an earlier micro-batch, or in buckets that stay

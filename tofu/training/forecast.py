@@ -101,7 +101,8 @@ def setting_of(
     weights = optimisation.weights_type(engine, cfg.LoRA, optim)
     reference = None
     if "live" in needs and not cfg.LoRA.r:
-        half = engine.bf16 and (engine.name == "deepspeed" or getattr(config, "dtype", None) == torch.bfloat16)
+        stored = engine.name == "ddp" and getattr(config, "dtype", None) == torch.bfloat16
+        half = engine.bf16 and (engine.name == "deepspeed" or stored)
         reference = torch.bfloat16 if half else weights
     return Setting(
         engine=engine,
