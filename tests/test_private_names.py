@@ -33,7 +33,7 @@ PRIVATE = {  # name -> where
     "_supports_sdpa": {"architectures"},
 }
 FILES = [*REPO.glob("*.py"), *REPO.glob("tofu/**/*.py"), *REPO.glob("scripts/*.py"), *REPO.glob("benchmarks/*.py")]
-OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
+OTHERS = {"_replace", "_asdict"}  # a NamedTuple's, public in spite of their names
 
 
 def private(name: str) -> bool:
