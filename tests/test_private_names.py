@@ -25,16 +25,18 @@ from tofu.runtime import ranks
 
 PRIVATE = {  # name -> where
     "_attn_implementation": {"architectures"},
+    "_get_grad_norm": {"dataloader"},
     "_get_num_items_in_batch": {"dataloader"},
     "_n_gpu": {"optimisation"},
     "_python_dispatch": {"training"},  # torch's TorchDispatchMode; tests/test_gpu_calls.py runs it
     "_reset_state": {"ranks"},
+    "_supports_attention_backend": {"architectures"},
     "_supports_flash_attn": {"architectures"},
     "_supports_flex_attn": {"architectures"},
     "_supports_sdpa": {"architectures"},
 }
 FILES = [file for where in ("*.py", "tofu/**/*.py", "scripts/*.py", "benchmarks/**/*.py") for file in REPO.glob(where)]
-OTHERS = {"_replace"}  # a NamedTuple's, public in spite of its name
+OTHERS = {"_replace", "_asdict"}  # a NamedTuple's, public in spite of their names
 
 
 def private(name: str) -> bool:
@@ -91,7 +93,7 @@ def test_a_model_class_says_which_attentions_it_has():
         kind: [getattr(kind, mark) for mark in architectures.SUPPORT.values()]
         for kind in (LlamaForCausalLM, RwkvForCausalLM)
     }
-    assert marks == {LlamaForCausalLM: [True, True, True], RwkvForCausalLM: [False, False, False]}
+    assert marks == {LlamaForCausalLM: [True] * 4, RwkvForCausalLM: [False] * 4}
     assert Gemma2ForCausalLM._supports_flash_attn and not Gemma2ForCausalLM._supports_sdpa
 
 

@@ -59,13 +59,7 @@ def collate(
     """
     weight = np.ones(len(next(iter(parts.values())))) if weights is None else np.asarray(weights)
     parts = {name: [_ended(s) for s in samples] if name in states else samples for name, samples in parts.items()}
-    rows: list[list[tuple[str, int, Sample]]] = []  # its samples: the part, the place in it
-    for name, samples in parts.items():
-        lengths = [len(sample.input_ids) for sample in samples]
-        dealt = packed(lengths, row) if row else [[i] for i in range(len(samples))]
-        rows += [[(name, i, samples[i]) for i in places] for places in dealt]
-    if row == ONE_ROW:
-        rows = [[one for places in rows for one in places]]
+    rows = _dealt(parts, row)
     width = cards.up(max(sum(len(sample.input_ids) for *_, sample in places) for places in rows), round_to)
     ids, positions, read = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
     scored: dict[str, list[tuple[np.ndarray, ...]]] = {name: [] for name in parts}
@@ -127,6 +121,16 @@ def pieces(batch: dict[str, Any], number: int, attended: Collection[str]) -> lis
 def _ended(sample: Sample) -> Sample:
     """The sample with its last target read too, after which nothing is predicted."""
     return Sample((*sample.input_ids, sample.targets[-1]), (*sample.targets, IGNORE), sample.cut)
+
+
+def _dealt(parts: dict[str, list[Sample]], row: int | None) -> list[list[tuple[str, int, Sample]]]:
+    """The samples of each row: the part, the place in it, the sample."""
+    rows: list[list[tuple[str, int, Sample]]] = []
+    for name, samples in parts.items():
+        lengths = [len(sample.input_ids) for sample in samples]
+        dealt = packed(lengths, row) if row else [[i] for i in range(len(samples))]
+        rows += [[(name, i, samples[i]) for i in places] for places in dealt]
+    return [[one for places in rows for one in places]] if row == ONE_ROW else rows
 
 
 def _scored(sample: Sample, start: int, place: int, attended: bool, states: bool) -> tuple[np.ndarray, ...]:
