@@ -1,7 +1,7 @@
 """Call 3: the entry scripts at 1B, under each engine of one card. benchmarks/gpu/call.sh 3 [--toy] [--only PART ...]
 
     engines   finetune.py under ddp, ZeRO-2 and ZeRO-3, the same rows: how far the steps' losses are apart
-    methods   forget.py by five methods, from what ddp has left
+    methods   forget.py by five methods (toy: three), from what ddp has left
     batches   evaluate_util.py with batch_size=30 and 256 (toy: 1 and 3): how far the losses are apart, and how many
               generations differ
 
@@ -21,10 +21,10 @@ from protocol import REPO, TORCHRUN, first_rows, run, the_model
 from tofu.evaluation import logs
 
 PARTS = ("engines", "methods", "batches")
-METHODS = ("npo", "KL", "rmu", "dpo", "grad_diff")
+METHODS = {False: ("npo", "KL", "rmu", "dpo", "grad_diff"), True: ("npo", "rmu", "dpo")}  # --toy -> forget_loss
 BATCHES = {False: (30, 256), True: (1, 3)}  # --toy -> batch sizes of the evaluations
 LOSSES = ("avg_gt_loss", logs.RIGHT, logs.WRONG)  # nats per token
-LONGEST = 150.0  # seconds of one process
+LONGEST = {"1b": 150.0}  # size -> seconds of one process; none at toy size, where DeepSpeed compiles first
 START = "ddp"  # the engine whose losses the others are compared with, and whose model the other parts take
 
 
@@ -39,7 +39,7 @@ class Call:
     def run(self, part: str, name: str, script: str, *keys: str, launcher: tuple[str, ...] = ()) -> bool:
         """One process, whose run goes into the folder `name`. Returns whether it ended well."""
         told = (self.data, f"save_dir={name}", "progress=false", *keys)
-        left = self.figures.left(LONGEST)
+        left = self.figures.left(LONGEST.get(self.size))
         row = run(name, self.size, self.folder, script, *told, launcher=launcher, timeout=left)
         values: dict[str, Any] = {"why": row.why} if row.why else {"seconds": row.seconds, "peak_gb": row.peak}
         if not row.why and (losses := self.losses(name)):
@@ -72,10 +72,10 @@ class Call:
                 self.figures.add("largest difference of a step's loss", f"{START}, {name}", nats=max(apart))
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def methods(self) -> None:
+    def methods(self, methods: tuple[str, ...]) -> None:
         """A few steps of each."""
         keys = ("split=forget10", f"model_path={START}", "num_epochs=2", "gradient_accumulation_steps=1")
-        for method in METHODS:
+        for method in methods:
             more = (f"forget_loss={method}", "save_model=false", "optim=adamw_torch_fused")
             self.run("methods", method, "forget.py", *keys, *more)
 
@@ -127,7 +127,7 @@ def main() -> None:
         if "engines" in args.only:
             call.engines()
         if "methods" in args.only:
-            call.methods()
+            call.methods(METHODS[args.toy])
         if "batches" in args.only:
             call.batches(evaluated, BATCHES[args.toy])
 
