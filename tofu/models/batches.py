@@ -73,9 +73,8 @@ def collate(
             start += size
         positions[r, start:] = np.arange(width - start)
     batch: dict[str, Any] = {"input_ids": ids, **({"position_ids": positions} if row else {"attention_mask": read})}
-    batch["at"], batch["labels"], batch["sample"] = (
-        np.concatenate([one[k] for found in scored.values() for one in found]) for k in range(3)
-    )
+    every = [one for found in scored.values() for one in found]
+    batch["at"], batch["labels"], batch["sample"] = (np.concatenate(of) for of in zip(*every, strict=True))
     blocks, batch["answers"] = _blocks(rows, width, scored, attended, row == ONE_ROW)
     batch = {name: torch.from_numpy(array) for name, array in batch.items()}
     if row == ONE_ROW:
