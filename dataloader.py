@@ -218,6 +218,8 @@ class TofuTrainer(Trainer):
         Raises:
             BadInput: with the step, the term and the remedy; nothing has been written of it yet.
         """
+        if not self._step:  # a subclass has a loss of its own
+            return
         bad = torch.stack([(~share.isfinite()).float() for share in self._step.values()])
         for name, count in zip(self._step, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
             if count:
@@ -337,7 +339,7 @@ class TofuTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, each a mean over the steps since the last line, to the Trainer's own numbers."""
-        if "loss" in logs and len(self.terms) > 1:
+        if "loss" in logs and self._running and len(self.terms) > 1:
             steps = max(1, self.state.global_step - self._last_logged)
             running = torch.stack([one.reshape(()) for one in self._running.values()])
             means = self.accelerator.gather(running[None]).mean(0).tolist()
