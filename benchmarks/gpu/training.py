@@ -34,13 +34,13 @@ import data_module
 import dataloader
 from tofu.cli import schema
 from tofu.methods import objective
-from tofu.models import architectures, engines, families, folders
+from tofu.models import architectures, engines, families, folders, varlen
 from tofu.training import optimisation
 
 PEAK = 989e12  # FLOP/s in bf16, dense: the data sheet's of a H100 or H200 (SXM)
 STEPS, FEW = 24, 4  # optimiser steps; FEW at toy size
 ROWS = {False: 1600, True: 256}  # --toy -> rows of `full`
-FUSED, VARLEN = "adamw_torch_fused", "varlen"
+FUSED, VARLEN = "adamw_torch_fused", varlen.NAME
 
 
 class Setting(NamedTuple):
@@ -157,10 +157,7 @@ class Bench:
 
     def trainer(self, setting: Setting, folder: str) -> Trainer:
         """A new model in a Trainer with the arguments that finetune.py gives it, but for the number of steps."""
-        if setting.attention == VARLEN:
-            from tofu.models import varlen  # a checkout may be older than it
-
-            varlen.register()
+        varlen.register()
         cfg = config_of(setting)
         engine = engines.engine_of("ddp", "", "bf16" if setting.optim == schema.STOCHASTIC else "auto")
         keys = {key: cfg[key] for key in optimisation.ARGUMENTS}
