@@ -190,8 +190,8 @@ def _try_step(optim: str, kind: type[torch.optim.Optimizer], kwargs: dict[str, A
             kind([weight], **kwargs).step()
     except Exception as error:  # RuntimeError, NameError, AttributeError, by what is missing
         raise BadInput(
-            f"optim={optim}: bitsandbytes cannot step on {device.type}: take optim=adamw_torch_fused, or install a build "
-            f"of it for this machine ({utils.one_line(error)[:80]})"
+            f"optim={optim}: bitsandbytes cannot step on {device.type}: take optim=adamw_torch_fused, or install a "
+            f"build of it for this machine ({utils.one_line(error)[:80]})"
         ) from None
 
 
