@@ -1,6 +1,7 @@
 """The fixtures of all tests: a tiny random model, and the two ways to run a script, as a process and in this one."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,26 @@ from pathlib import Path
 import environment  # noqa: F401 - first: what it sets is read when the others are imported
 import pytest
 from helpers import MINI, REPO
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """A test that makes its process one of a launch's, as `engine=deepspeed` does, makes it so for itself alone."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    changed = {name: value for name, value in before.items() if os.environ.get(name) != value}
+    for name, value in changed.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    if changed:
+        import torch
+
+        from tofu.runtime import ranks
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        ranks.release()
 
 
 @pytest.fixture(scope="session")

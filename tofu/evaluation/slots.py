@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tofu.evaluation import inference, row_logs
 from tofu.evaluation.sets import Task
-from tofu.runtime import ranks
+from tofu.runtime import cards, ranks
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,6 @@ LEAST, MOST = 30, 256  # 256 slots need a third of the forwards of 30; a set has
 ON_CPU = LEAST  # a log stays what it was to the byte, and more are hardly faster there
 SHARE = 0.5  # of the free memory becomes slots; the rest is for what a forward needs besides
 SHORT = 0.9  # of it, where half of it is not enough for the fewest slots
-ROUND = 16  # a cache's length may be rounded up to a multiple of it
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int, room: int) -> int:
@@ -54,7 +53,7 @@ def needs(config: PretrainedConfig, itemsize: int, tasks: Sequence[Task]) -> tup
         config, itemsize: as of `cache_bytes`.
     """
     longest = max((len(p) + b for task in tasks for p, b in zip(task.prompts, task.budgets, strict=True)), default=1)
-    room = -(-(longest + inference.WIDEST) // ROUND) * ROUND
+    room = cards.up(longest + inference.WIDEST, cards.ROUND_TO)  # as a card's cache is
     words = config.get_text_config().vocab_size
     step = 2 * inference.WIDEST * words * itemsize  # twice: a soft cap makes a copy
     scored = row_logs.scored_at_once(config) * words * (4 + itemsize)  # and in float32
