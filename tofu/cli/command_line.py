@@ -253,6 +253,7 @@ def _log() -> None:
     )
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel for CPUs that no run here asks for
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # DeepSpeed's calls, at every step
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     if ranks.rank() > 0:  # rank 0 passes on what libraries warn of
