@@ -138,9 +138,12 @@ class TofuTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's, on a batch that a GPU need not wait for."""
-        return super().training_step(model, ranks.to_device(inputs, self.args.device), *args, **kwargs)
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device, in the types that it has: under DeepSpeed the Trainer's own would make it bf16.
+
+        So rounded, reference log-probabilities of some hundred nats would be off by one.
+        """
+        return ranks.to_device(inputs, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> list[float]:
         """(terms,) how many terms of each kind the step's global batch holds, fillers not counted; at least 1.

@@ -27,6 +27,7 @@ PRIVATE = {  # name -> where
     "_attn_implementation": {"architectures"},
     "_get_grad_norm": {"dataloader"},
     "_get_num_items_in_batch": {"dataloader"},
+    "_prepare_inputs": {"dataloader"},
     "_n_gpu": {"optimisation"},
     "_python_dispatch": {"training"},  # torch's TorchDispatchMode; tests/test_gpu_calls.py runs it
     "_reset_state": {"ranks"},

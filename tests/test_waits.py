@@ -87,14 +87,15 @@ class Rows(torch.utils.data.Dataset):
         return self.samples[slot.position], slot.weight
 
 
-def waits_of_steps(method, folder):
-    """Of the second step and of the third: phase -> waits."""
+def waits_of_steps(method, folder, cut=1):
+    """Of the second step and of the third, of so many micro-batches: phase -> waits."""
     model, reference, terms, samples, logps = prepared("Llama", method)
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
         report_to="none",
-        per_device_train_batch_size=len(samples),
+        per_device_train_batch_size=len(samples) // cut,
+        gradient_accumulation_steps=cut,
         logging_steps=1,
         max_steps=3,
         max_grad_norm=0,
@@ -150,3 +151,10 @@ def test_so_does_one_whose_logits_are_made_in_pieces(monkeypatch, tmp_path, meth
     monkeypatch.setattr(dataloader, "LOGITS", 20 * WORDS)
     for waits in waits_of_steps(method, tmp_path):
         assert sum(waits.values()) <= MOST and not waits["between"] and not waits["backward"], waits
+
+
+@pytest.mark.parametrize(("method", "forwards"), [("finetune", 1), ("npo", 1), ("KL", 2)])
+def test_a_further_micro_batch_waits_once_a_forward(tmp_path, method, forwards):
+    """Where transformers makes the masks: it asks whether samples are packed."""
+    one, four = (waits_of_steps(method, tmp_path, cut)[0] for cut in (1, 4))
+    assert sum(four.values()) - sum(one.values()) == 3 * forwards

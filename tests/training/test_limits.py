@@ -16,7 +16,7 @@ from tofu.training.estimate import Batch, Setting
 PAGE = REPO / "docs" / "limits.md"
 GB = 1e9
 BATCH = Batch(5, 250, 850, 16)  # 16 finetuning samples, packed
-SPARE = 2  # GB for what no tensor holds: the CUDA context, workspaces, gaps
+SPARE = forecast.SPARE // 10**9  # GB
 GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
 MODELS = {  # the published shapes: name -> model type, config
     "llama3.2-1b": ("Llama", {"vocab_size": 128256, "num_hidden_layers": 16, **GROUPED, "tie_word_embeddings": True}),

@@ -32,7 +32,16 @@ BACKENDS = ("ours", "vllm")
 PYTHON = "TOFU_VLLM_PYTHON"  # environment variable: the Python of an environment that has vLLM, where ours has not
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # a launcher's, or DeepSpeed's: vLLM would take itself for one of its processes
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = (
+    "PYTHONPATH",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 SHOWN = 20  # last lines of what vLLM said, where it fails
 
 

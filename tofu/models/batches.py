@@ -25,7 +25,7 @@ class Block:
     answers: Span  # of `answers`; empty unless the part is an attended one
     samples: Span  # of those that `cu_seqlens` bounds; empty unless there is one row
     lengths: tuple[int, ...]  # (B,) scored positions of each of its samples
-    answer_lengths: tuple[int, ...]  # (B,) those of them that are an answer's
+    answer_lengths: tuple[int, ...]  # (B,) of an attended part, those of them that are an answer's
 
 
 def collate(
@@ -109,12 +109,18 @@ def pieces(batch: dict[str, Any], number: int, attended: Collection[str]) -> lis
         piece: dict[str, Any] = {"samples": (int(its[0]), int(its[-1]) + 1), "at": {}, "answers": {}}
         for name, block in batch["blocks"].items():
             where = np.isin(sample[slice(*block.scored)], its)
-            piece["at"][name] = torch.from_numpy(np.flatnonzero(where))
+            piece["at"][name] = _pinned(np.flatnonzero(where))
             if name in attended:
                 answered = np.isin(np.arange(len(where)), answers[slice(*block.answers)])
-                piece["answers"][name] = torch.from_numpy(np.flatnonzero(answered[where]))
+                piece["answers"][name] = _pinned(np.flatnonzero(answered[where]))
         found.append(piece)
     return found
+
+
+def _pinned(array: np.ndarray) -> torch.Tensor:
+    """A tensor that a card can fetch while the host goes on, as the loader makes the rest of a batch."""
+    made = torch.from_numpy(array)
+    return made.pin_memory() if torch.cuda.is_available() else made
 
 
 def _ended(sample: Sample) -> Sample:

@@ -89,7 +89,7 @@ def load_frozen(
     Args:
         path, attention, random_weights, quantize: as of `load`.
         trained_in: for the reference of a training, the type of the trained model's weights: it then computes exactly
-            as that one does before its first step, from half the bytes where they say the same (`_narrow`). None:
+            as that one does before its first step, from half the bytes where they say the same (`narrow`). None:
             weights in the precision of the computation.
 
     Raises:

@@ -59,6 +59,7 @@ class Estimate(NamedTuple):
     """Bytes on one process's device. The parts do not exist all at once: `peak` is the largest sum in a step."""
 
     weights: int
+    copies: int  # of weights, while it computes: autocast's in bf16, and what ZeRO-3 gathers
     gradients: int
     states: int  # of the optimiser
     paged: bool  # whether the states leave for the host where the device is full; then `peak` is without them
@@ -95,6 +96,7 @@ def estimate(sizes: Sizes, setting: Setting, batch: Batch) -> Estimate:
     )
     return Estimate(
         weights=int(size.weights),
+        copies=int(max(size.cached, size.copies) + size.gathered),
         gradients=int(size.gradients),
         states=int(size.states),
         paged=paged,

@@ -24,7 +24,10 @@ from utils import BadInput
 
 log = logging.getLogger(__name__)
 
-FUSED = "adamw_torch_fused"
+FUSED, PAGED = "adamw_torch_fused", "paged_adamw_32bit"
+SPARE = (
+    2 * 10**9
+)  # bytes of a card that no tensor can have: CUDA's context, workspaces of kernels, the allocator's gaps
 
 
 class Forecast(NamedTuple):
@@ -73,9 +76,10 @@ def of_run(
         log.warning("the memory of this run can't be estimated (%s)", utils.one_line(error) or type(error).__name__)
         found = None
     if cfg.optim == "auto":
-        fits = found is None or card is None or found.estimate.peak <= card
+        fits = found is None or card is None or found.estimate.peak <= room(card)
         asked = optimisation.best_optim(
             engine.name,
+            ranks.world_size(),
             cuda=cuda,
             fits=fits,
             sweep=run_folder.in_a_sweep(),
@@ -157,13 +161,18 @@ def _filled(lengths: list[int], row: int | None) -> list[int]:
     return [sum(lengths[i] for i in places) for places in packed(lengths, row)] if row else lengths
 
 
+def room(card: int) -> int:
+    """What tensors can have of a card."""
+    return card - SPARE
+
+
 def refuse(found: Forecast) -> None:
     """Raise BadInput where a step needs more than the card has, naming what would fit it."""
-    if found.card is None or found.estimate.peak <= found.card:
+    if found.card is None or found.estimate.peak <= room(found.card):
         return
     raise BadInput(
         f"this run needs about {size(found.estimate.peak)} on each card at its peak ({parts(found.estimate)}), and the "
-        f"card has {size(found.card)}: {advice(found)}"
+        f"card has {size(found.card)}, {size(SPARE)} of which CUDA itself needs: {advice(found)}"
     )
 
 
@@ -180,7 +189,7 @@ def alternatives(counted: Sizes, setting: Setting, batch: Batch, card: int) -> l
 
     What does not fit by itself is tried together with gradient checkpointing.
     """
-    found = []
+    found, card = [], room(card)
     for words, *changed in _changes(counted, setting, batch, card):
         peak = estimate(counted, *changed).peak
         if peak > card and not setting.checkpointing:
@@ -202,6 +211,10 @@ def _changes(counted: Sizes, setting: Setting, batch: Batch, card: int) -> list[
     if not setting.checkpointing:
         found.append((CHECKPOINTING, setting._replace(checkpointing=True), batch))
     alone = engine.name == "ddp" and setting.processes == 1
+    for optim in (PAGED, "adamw_bnb_8bit") if alone and setting.cuda and not setting.adapted else ():
+        if setting.optim != optim:
+            words = f"optim={optim}, which needs bitsandbytes" + ", outside of sweeps" * (optim == PAGED)
+            found.append((words, setting._replace(optim=optim, weights=torch.float32), batch))
     if alone and engine.bf16 and not setting.adapted and setting.optim != STOCHASTIC:
         found.append((f"optim={STOCHASTIC}", setting._replace(optim=STOCHASTIC, weights=half), batch))
     adapters = setting._replace(rank=setting.rank or 8, weights=half, optim=FUSED, reference=None, dropout=True)
@@ -234,7 +247,7 @@ def _cut(setting: Setting, batch: Batch, by: int) -> tuple[str, Setting, Batch]:
     return words, setting._replace(accumulation=steps), less
 
 
-PARTS = ("weights", "gradients", "states", "activations", "logits", "reference")
+PARTS = ("weights", "copies", "gradients", "states", "activations", "logits", "reference")
 
 
 def parts(found: Estimate) -> str:
@@ -274,6 +287,6 @@ def table(found: Forecast, family: str) -> str:
         ("peak", f"{size(told.peak)} on each device{', states on the host' if told.paged else ''}"),
     ]
     if found.card is not None:
-        fits = "fits" if told.peak <= found.card else f"does not fit; {advice(found)}"
+        fits = "fits" if told.peak <= room(found.card) else f"does not fit; {advice(found)}"
         rows.append(("card", f"{size(found.card)}: {fits}"))
     return "\n".join(["the memory of a step, estimated:", *(f"  {name:<12} {value}" for name, value in rows)])

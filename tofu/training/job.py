@@ -86,13 +86,18 @@ class Job:
         )
         keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
         states = any(term.contract.states for term in self.method.terms)
-        loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=not cfg.dry_run, **keys)
+        loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=False, **keys)
         if cfg.get("eval_while_train"):
             self.evaluates()
         checkpointing = self.family.gradient_checkpointing
         optim, self.forecast = forecast.of_run(
             cfg, self.path, self.engine, self.attention, self.data, self.method, checkpointing
         )
+        if self.forecast is not None and not cfg.dry_run:
+            log.info(forecast.line(self.forecast))
+            forecast.refuse(self.forecast)
+        if not cfg.dry_run:  # a hub model's weights are fetched now
+            loadable.check_loadable(self.path, self.engine, self.attention)
         self.args = optimisation.arguments(
             cfg.save_dir,
             samples=len(self.data),
@@ -100,9 +105,6 @@ class Job:
             gradient_checkpointing=checkpointing,
             **{key: cfg[key] for key in optimisation.ARGUMENTS} | {"optim": optim},
         )
-        if self.forecast is not None and not cfg.dry_run:
-            log.info(forecast.line(self.forecast))
-            forecast.refuse(self.forecast)
 
     def dry_run(self) -> dict[str, Any]:
         """Say how much memory a step takes; no folder is made and no weight is read.

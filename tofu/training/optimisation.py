@@ -149,7 +149,7 @@ def _check_stochastic(engine: Engine) -> None:
         raise BadInput(f"optim={STOCHASTIC} needs the torchao package: pip install torchao")
 
 
-def best_optim(engine: str, *, cuda: bool, fits: bool, sweep: bool, bitsandbytes: bool) -> str:
+def best_optim(engine: str, processes: int, *, cuda: bool, fits: bool, sweep: bool, bitsandbytes: bool) -> str:
     """What `optim=auto` means: torch's AdamW in one kernel; where it does not fit the card, one with paged states.
 
     Paged states wait for the device after every parameter, and their memory is not given back before the process ends:
@@ -161,7 +161,7 @@ def best_optim(engine: str, *, cuda: bool, fits: bool, sweep: bool, bitsandbytes
         sweep: whether the process runs several jobs.
         bitsandbytes: whether that package is there.
     """
-    paged = engine == "ddp" and cuda and bitsandbytes and not fits and not sweep
+    paged = engine == "ddp" and processes == 1 and cuda and bitsandbytes and not fits and not sweep
     return "paged_adamw_32bit" if paged else "adamw_torch_fused"
 
 
