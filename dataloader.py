@@ -253,8 +253,7 @@ class TofuTrainer(Trainer):
         """
         sums = []
         for term in self.terms:
-            contract = term.contract
-            given = {}
+            contract, given = term.contract, {}
             for name, kind in {**contract.parts, **contract.refs}.items():
                 part = name.removeprefix("ref_")
                 more = kind == "completion" and part in self.attended

@@ -33,7 +33,6 @@ PYTHON = "TOFU_VLLM_PYTHON"  # environment variable: the Python of an environmen
 WORKER = Path(__file__).with_name("vllm_worker.py")
 # a launcher's, or DeepSpeed's: vLLM would take itself for one of its processes
 LAUNCHER = (
-    "PYTHONPATH",
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
