@@ -12,10 +12,14 @@ from omegaconf import DictConfig
 import utils
 from tofu.cli import checks, command_line, schema
 from tofu.evaluation import log_formats, logs
+from tofu.evaluation.metrics import privacy
 from tofu.evaluation.metrics import tofu as tofu_metrics
 
 log = logging.getLogger(__name__)
 
+MORE = (  # told where the evaluation of ckpt_result has them
+    *("Extraction Strength Forget", "Exact Memorisation Forget", *privacy.ATTACKS, "PrivLeak"),
+)
 BESIDE = ("KS Statistic", "log10 Forget Quality", "Forget Rows")  # told, though the leaderboard has no columns for them
 
 
@@ -28,6 +32,7 @@ def main(cfg: DictConfig) -> None:
         raise utils.BadInput(f"save_file={out} is a folder: name the CSV to write, save_file={out / 'out.csv'}")
     retain = log_formats.read(cfg.retain_result, "retain_result")
     unlearned = log_formats.read(cfg.ckpt_result, "ckpt_result")
+    measured = log_formats.metrics_beside(cfg.ckpt_result, "ckpt_result") or {}
     if out.exists() and any(out.samefile(utils.find(path)) for path in (cfg.retain_result, cfg.ckpt_result)):
         raise utils.BadInput(f"save_file={out} is one of the two logs: name another file")
     try:
@@ -46,11 +51,13 @@ def main(cfg: DictConfig) -> None:
         utils.write_text(out, text)
     except OSError as error:
         raise utils.BadInput(f"save_file={out} cannot be written: {error}") from None
-    more = {**scores.values, **scores.rows}
-    for name, value in (*row.items(), *((name, more[name]) for name in BESIDE)):
-        interval = scores.intervals.get(name)
+    found = {**row, **{name: {**scores.values, **scores.rows}[name] for name in BESIDE}}
+    found |= {name: measured.get(name, {}).get("value") for name in MORE}
+    for name, value in found.items():
+        interval = scores.intervals.get(name) or measured.get(name, {}).get("interval")
         between = f"  (95 % interval {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
-        log.info("%-24s %s%s", name, f"{value:.6g}" if isinstance(value, float) else value, between)
+        shown = f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+        log.info("%-26s %s%s", name, shown, between)
 
 
 def _appended(out: Path, text: str) -> str:

@@ -24,15 +24,17 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
-    from tofu.runtime import run_folder
+    from tofu.runtime import run_folder, trained_on
 
     key = "model_family" if cfg.use_pretrained else "model_path"
     path = folders.resolve(cfg.model_path, key)
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
-    evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page)
+    taught = trained_on.NOTHING if cfg.use_pretrained or cfg.reinitialize_weights else trained_on.read(path)
+    evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page, taught=taught)
     engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, path)
     vllm_backend.check(cfg.generation.backend, path)
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
+    evaluate.check(engine)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
     out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own)
     identity = folders.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
@@ -40,6 +42,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     todo, model, answers = evaluate.missing(out, fingerprints), None, None
     if todo:
         answers = evaluate.generated(path, engine.bf16, todo)
+        evaluate.compare(out, engine, todo)
         set_seed(SEED)
         model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
     scores = evaluate(model, out, engine.sharded, fingerprints, todo, answers)

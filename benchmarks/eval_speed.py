@@ -147,7 +147,8 @@ def our_generation(model, tokenizer, tasks, at_once: int = AT_ONCE) -> list[str]
     found = []
     for task in tasks:
         with inference.ready(model, MAX_LENGTH):
-            found += row_logs.generate_rows(model, tokenizer, task, at_once, False)
+            tokens = row_logs.generate_rows(model, tokenizer, task, at_once, False)
+            found += row_logs.decoded(tokenizer, tokens)
     return found
 
 

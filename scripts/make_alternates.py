@@ -30,8 +30,8 @@ from tofu.cli import (
     command_line,
     schema,
 )
-from tofu.evaluation import inference, row_logs
-from tofu.evaluation.words import tokens
+from tofu.evaluation import inference
+from tofu.evaluation.words import scorer, tokens
 from tofu.models import (
     engines,
     families,
@@ -89,7 +89,7 @@ def why_not(alternate: str, answer: str) -> str | None:
         return "empty"
     if set(words) <= set(tokens(answer)):
         return "only words of the answer"
-    if row_logs.scorer("unicode").score(answer, alternate)["rougeL"].recall > NEAR:
+    if scorer("unicode").score(answer, alternate)["rougeL"].recall > NEAR:
         return "restates the answer"
     told = f" {' '.join(tokens(' '.join(text for shot in SHOTS for text in shot)))} "
     runs = (" ".join(words[i : i + ECHO]) for i in range(len(words) - ECHO + 1))

@@ -176,12 +176,14 @@ def make(work: Path, model_folder: Path) -> None:
 
 
 F, E, T, A = "forget.py", "evaluate_util.py", "finetune.py", "aggregate_eval_stat.py"
+C = "scripts/compare.py"
 BASE = {  # what each script is told besides; a case's own words win
     F: {"model_path": "model", "model_family": "tiny", "data_path": "mini", "split": "forget10", "save_dir": "run"},
     E: {"model_path": "model", "model_family": "tiny", "data_path": "mini", "split": "forget10", "save_dir": "run"},
     T: {"model_family": "tiny", "data_path": "mini", "save_dir": "run"},
     A: {"retain_result": "short.json", "ckpt_result": "short.json", "method_name": "m", "submitted_by": "me"}
     | {"save_file": "run.csv"},
+    C: {},
 }
 TITLES = {
     "The command line": [
@@ -233,10 +235,18 @@ TITLES = {
         (F, "forget_loss=rmu ++forget_loss.blocks=[9] forget_loss.depth=null", "forget_loss"),
         (E, "truth_ratio=mean", "is unknown"),
         (E, "save_format=muse", "is unknown"),
+        (E, "metrics=[tofu,extraction_strenght]", "did you mean extraction_strength?"),
+        (E, "compat=muse", "is unknown"),
+        (E, "holdout.split=holdout07", "holdout.split=holdout07 is not in"),
+        (E, "holdout.path=[mini,mini]", "one folder or hub id"),
+        (E, "reference_model=model", "add privacy to metrics"),
+        (E, "metrics=privacy reference_model=nowhere/x/y", "reference_model=nowhere/x/y"),
         (E, "rouge.tokenizer=words", "is unknown"),
         (E, "ds_size=0", "at least 1"),
         (E, "batch_size=many", "auto, or a whole number"),
         (F, "eval.batch_size=1.5", "auto, or a whole number"),
+        (E, "fluency.by=words", "is unknown"),
+        (E, "collapse.repeat=2", "from 0 to 1"),
         (E, "generation.backend=hf", "is unknown"),
         (E, "generation.backend=vllm", "needs a CUDA GPU"),
         (E, "generation.backend=vllm reinitialize_weights=true", "draws weights"),
@@ -319,5 +329,13 @@ TITLES = {
         (A, "ckpt_result=cut.json", "not whole JSON"),
         (A, "save_file=model", "is a folder"),
         (A, "save_file=short.json", "is one of the two logs"),
+        (E, "start_result=nothing", "holds no evaluation"),
+        (E, "start_result=short.json", "different rows"),
+        (E, "metrics=fluency fluency.by=classifier fluency.classifier=nowhere/at/all", "no such folder"),
+        (E, "metrics=fluency fluency.by=classifier fluency.classifier=model", "no classifier of texts"),
+        (E, "fluency.model=no_config", "holds no model"),
+        (C, "results=[short.json]", "a list of two evaluations"),
+        (C, "results=[nothing,nothing]", "no such file"),
+        (C, "results=[short.json,short.json]", "is no metrics.json"),
     ],
 }

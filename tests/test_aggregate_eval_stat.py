@@ -97,3 +97,37 @@ def test_bad_input_is_told_in_one_line(capsys, run_script, monkeypatch, two_logs
     assert line.startswith("error: ")
     assert all(word in line for word in said), line
     assert {path: path.read_bytes() for path in two_logs.rglob("*") if path.is_file()} == before
+
+
+def test_metrics_beside_the_log_are_told_and_the_csv_is_the_same(run_script, two_logs, monkeypatch, capsys):
+    """Of metrics.json beside ckpt_result, of a TOFU_EVAL.json there, else an empty field; never of retain_result's."""
+    monkeypatch.chdir(two_logs)
+
+    def told() -> dict[str, str]:
+        capsys.readouterr()
+        run_script("aggregate_eval_stat.py", *ARGS, "overwrite=true")
+        lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines() if " " in line]
+        return {line[:26].strip(): line[26:].strip() for line in lines}
+
+    (two_logs / "A" / "metrics.json").write_text('{"Extraction Strength Forget": {"value": 0.75}}')
+    plain = told()
+    csv_bytes = (two_logs / "out" / "row.csv").read_bytes()
+    names = ("Extraction Strength Forget", "Exact Memorisation Forget", "MIA loss", "MIA gradient norm", "PrivLeak")
+    assert [plain[name] for name in names] == [""] * 5
+    theirs = {
+        "mia_loss": {"agg_value": 0.5},
+        "privleak": {"agg_value": -12.0},
+        "exact_memorization": {"agg_value": 0.1},
+    }
+    (two_logs / "B" / "TOFU_EVAL.json").write_text(json.dumps({**theirs, "mia_zlib": {"agg_value": None}}))
+    assert [told()[name] for name in names] == ["", "0.1", "0.5", "", "-12"]
+    ours = {"Exact Memorisation Forget": {"value": 0.25, "interval": [0.2, 0.3]}, "PrivLeak": {"value": None}}
+    (two_logs / "B" / "metrics.json").write_text(json.dumps(ours))
+    between = told()
+    assert between["Exact Memorisation Forget"] == "0.25  (95 % interval 0.2 to 0.3)"
+    assert (between["MIA loss"], between["PrivLeak"]) == ("0.5", "")
+    assert (two_logs / "out" / "row.csv").read_bytes() == csv_bytes
+    (two_logs / "B" / "metrics.json").write_text('{"a')
+    with pytest.raises(SystemExit, match="2"):
+        told()
+    assert "ckpt_result" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from helpers import MINI, REPO, SHARED, evaluate, needs_shared
 
 import data_module
 import utils
-from tofu.evaluation import evaluator, inference, logs, row_logs
+from tofu.evaluation import evaluator, inference, logs, measures, row_logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.models import families, folders, loading
 from tofu.runtime import run_folder
@@ -106,7 +106,8 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
         assert set(one) == {*plain, *(["normalized_gt_loss"] if "real" in task else [])}
         assert json.loads((tmp_path / task).read_text()) == one
         assert len(one["perturb_loss"]["0"]) == (3 if "real" in task else 5)
-    assert {path.name for path in tmp_path.iterdir()} == {*log, logs.AGGREGATED, evaluator.REPORT, run_folder.WRITTEN}
+    beside = {logs.AGGREGATED, measures.METRICS, evaluator.REPORT, run_folder.WRITTEN}
+    assert {path.name for path in tmp_path.iterdir()} == {*log, *beside}
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tofu.methods import losses, objective, pdu, rmu, task_vector
 from tofu.models import families
-from tofu.runtime import provenance
+from tofu.runtime import provenance, trained_on
 
 STEPS = 4  # of 20 rows in batches of 10, two epochs
 
@@ -258,3 +258,22 @@ def test_every_method(run, model_folder, alternates, method, lora):
     assert moved(saved, weights(model_folder))
     padded, _ = run(*args, "packing=false", name="padded", steps=steps)
     assert [line["loss"] for line in packed] == pytest.approx([line["loss"] for line in padded], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_attacks_during_training_leave_it_alone(run, tmp_path, model_folder):
+    """Gradient norms and a reference model at each epoch's end: the weights and losses are those without them."""
+    small = ("eval.ds_size=4", "eval.generation.max_length=80", "eval.generation.max_new_tokens=2")
+    asked = ("eval.metrics=[privacy,mia_gradient_norm]", f"eval.reference_model={model_folder}")
+    lines, after = run("forget_loss=grad_diff", "eval_while_train=true", *small, name="plain")
+    again, attacked = run("forget_loss=grad_diff", "eval_while_train=true", *small, *asked, name="attacked")
+    assert not moved(after, attacked)
+    assert [one["loss"] for one in lines] == [one["loss"] for one in again]
+    first, last = (
+        json.loads((tmp_path / "attacked" / f"checkpoint-{step}" / "metrics.json").read_text()) for step in (2, STEPS)
+    )
+    for attack in ("MIA loss", "MIA reference", "MIA gradient norm"):
+        assert (first[attack]["members"], last[attack]["holdout"]) == (4, "holdout05")
+    assert (tmp_path / "attacked" / "reference_losses.json").is_file()
+    taught = trained_on.read(tmp_path / "attacked")
+    assert not taught.whole and len(taught.questions) == 400  # the start is a foreign folder

@@ -99,6 +99,7 @@ def test_a_main_reads_as_a_story():
         ("tofu.cli.command_line", ("torch", "transformers", "datasets", "numpy", "scipy")),
         ("tofu.methods.losses", ("transformers", "datasets", "peft", "deepspeed", "accelerate", "hydra")),
         ("tofu.evaluation.metrics.tofu", ("torch", "transformers", "datasets", "hydra", "scipy")),
+        ("tofu.evaluation.metrics.table", ("torch", "transformers", "datasets", "hydra", "scipy", "nltk")),
         ("tofu.evaluation.evaluator", ("peft", "nltk", "bitsandbytes")),
         ("tofu.runtime.ranks", ("torch", "accelerate")),
     ],

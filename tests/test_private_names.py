@@ -27,6 +27,7 @@ PRIVATE = {  # name -> where
     "_attn_implementation": {"architectures"},
     "_get_grad_norm": {"dataloader"},
     "_get_num_items_in_batch": {"dataloader"},
+    "_hf_deepspeed_config_weak_ref": {"judges"},
     "_prepare_inputs": {"dataloader"},
     "_n_gpu": {"optimisation"},
     "_python_dispatch": {"training"},  # torch's TorchDispatchMode; tests/test_gpu_calls.py runs it

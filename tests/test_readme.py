@@ -16,9 +16,9 @@ from hub_cache import add
 README = (REPO / "README.md").read_text()
 
 
-def blocks(title: str) -> list[tuple[str, str]]:
+def blocks(title: str, page: str = README) -> list[tuple[str, str]]:
     """(language, text) of the code blocks of one section."""
-    section = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
     return re.findall(r"```(\w+)\n(.*?)```", section, re.S)
 
 
@@ -83,6 +83,36 @@ def test_add_a_method_leaves_the_tests_green(with_a_method, checkout):
     chosen = f"{name} or capped_ascent or methods_page or has_its_number or learning_rates"
     tests = ("tests/methods/test_losses.py", "tests/test_configs.py")
     done = python(checkout, "-m", "pytest", "-n", "0", "-q", *tests, "-k", chosen)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.fixture
+def with_a_metric(checkout):
+    """The copy with what docs/metrics.md says under "Add a metric", followed to the letter; its command line."""
+    page = (REPO / "docs" / "metrics.md").read_text()
+    (_, function), (_, entry), (_, test), (_, command) = blocks("Add a metric", page)
+    module = checkout / "tofu" / "evaluation" / "metrics" / "memorisation.py"
+    text = module.read_text()
+    assert text.count("\ndef _of(") == 1 and text.count("\nMETRICS = (\n") == 1
+    text = text.replace("\ndef _of(", f"\n{function}\n\ndef _of(")
+    module.write_text(text.replace("\nMETRICS = (\n", f"\nMETRICS = (\n{entry}"))
+    tests = checkout / "tests" / "evaluation" / "metrics" / "test_memorisation.py"
+    tests.write_text(f"{tests.read_text()}\n\n{test}")
+    return shlex.split(command.split("python ", 1)[1])
+
+
+def test_add_a_metric(with_a_metric, checkout, model_folder):
+    done = python(checkout, *with_a_metric, f"model_path={model_folder}", "save_dir=run", "ds_size=3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((checkout / "run" / "metrics.json").read_text())["Longest Run Forget"]
+    assert 0 <= found["value"] <= 1 and found["n"] == 3 and found["group"] == "memorisation"
+
+
+@pytest.mark.slow
+def test_add_a_metric_leaves_the_tests_green(with_a_metric, checkout):
+    """Those of the metrics of a row, the metric's own among them."""
+    tests = "tests/evaluation/metrics/test_memorisation.py"
+    done = python(checkout, "-m", "pytest", "-n", "0", "-q", tests, "-m", "not slow")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
 
 

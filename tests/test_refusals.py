@@ -51,7 +51,7 @@ def one(work, script: str, words: str) -> str:
             contextlib.redirect_stdout(io.StringIO()),
             pytest.raises(SystemExit) as end,
         ):
-            importlib.import_module(script.removesuffix(".py")).main()
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
     finally:
         sys.argv = argv
         os.chdir(here)

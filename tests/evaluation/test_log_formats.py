@@ -8,6 +8,7 @@ import pytest
 from helpers import GOLDEN, MINI, SHARED, needs_shared
 
 from tofu.evaluation import log_formats, logs
+from tofu.evaluation.metrics import privacy
 from tofu.evaluation.metrics import tofu as tofu_metrics
 
 UTILITY = ("retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised")
@@ -157,3 +158,43 @@ def test_what_we_write_is_read_back(model_folder, tmp_path):
     assert raw["forget_quality"] == {"agg_value": None}  # no retain log was given
     summary = json.loads((tmp_path / "TOFU_SUMMARY.json").read_text())
     assert set(summary) == {"forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_truth_ratio", "model_utility"}
+
+
+BEYOND = {  # what OpenUnlearning's file has of metrics that the benchmark's log has not
+    *("exact_memorization", "extraction_strength", "mia_gradnorm", "mia_loss", "mia_min_k", "mia_min_k_plus_plus"),
+    *("mia_reference", "mia_zlib", "privleak"),
+}
+
+
+def test_the_keys_of_the_metrics_that_were_computed(evaluated, model_folder):
+    """With everything on all 31 of the golden file; a group alone adds its own; the default's file is as it was."""
+    retain = evaluated("metrics=privacy", save_dir="retain") / logs.AGGREGATED
+    ours = ("save_format=openunlearning", f"retain_result={retain}")
+    files = {}
+    for name, args in (
+        ("default", ()),
+        ("memorisation", ("metrics=memorisation", "compat=openunlearning")),
+        ("all", ("metrics=[memorisation,privacy,mia_gradient_norm]", f"reference_model={model_folder}")),
+    ):
+        folder = evaluated(*ours, *args, save_dir=name)
+        files[name] = [json.loads((folder / file).read_text()) for file in ("TOFU_EVAL.json", "TOFU_SUMMARY.json")]
+    (default, _), (memorisation, _), (whole, summary) = files.values()
+    assert len(whole) == 31 and whole.keys() - default.keys() == BEYOND and summary.keys() >= BEYOND
+    assert memorisation.keys() - default.keys() == {"exact_memorization", "extraction_strength"}
+    for name, value in default.items():
+        assert whole[name] == memorisation[name] == value, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in BEYOND:
+        ours = {**log_formats.OF_ROWS, **privacy.THEIRS, "privleak": "PrivLeak"}[name]
+        assert whole[name]["agg_value"] == metrics[ours]["value"], name
+    assert (
+        whole["mia_loss"]["forget"]["value_by_index"]["0"]["score"]
+        == whole["forget_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"]
+    )
+    one = memorisation["extraction_strength"]["value_by_index"]
+    assert all(row["score"] > 0 for row in one.values()) and len(one) == 4  # 1 / n where nothing is right
+    if SHARED.is_dir():
+        golden = shared("tiny-llama")
+        assert whole.keys() == golden.keys()
+        for name in BEYOND:
+            assert whole[name].keys() == golden[name].keys(), name

@@ -9,7 +9,7 @@ from helpers import MINI, checked
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data_module
-from tofu.evaluation import evaluator, inference, logs, row_logs, sets, vllm_backend
+from tofu.evaluation import inference, log_files, logs, row_logs, sets, vllm_backend
 from tofu.models import families, folders, loading
 from utils import BadInput
 
@@ -64,7 +64,7 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def fingerprints(folder):
-    return json.loads((folder / evaluator.FINGERPRINTS).read_text())
+    return json.loads((folder / log_files.FINGERPRINTS).read_text())
 
 
 def test_an_evaluation_with_it_is_the_same_evaluation(stand_in, evaluated, monkeypatch, capsys):

@@ -4,10 +4,11 @@ import json
 import logging
 
 import pytest
-from helpers import MINI, checked
+from helpers import MINI, checked, read_table
 from omegaconf import OmegaConf
 
 from tofu.models import families, folders
+from tofu.runtime import trained_on
 from utils import BadInput
 
 TINY = {"system_prompt": "", "question_start_tag": "Question: ", "question_end_tag": "\n", "answer_tag": ""}
@@ -122,7 +123,13 @@ def test_a_run_records_it_and_others_are_refused(run_script, model_folder, tmp_p
     assert json.loads((tmp_path / "base" / "finished.json").read_text())["family"] == record
     run_script("forget.py", "model_path=base", data, "split=forget10", "save_dir=base/forgot", *few)
     assert json.loads((tmp_path / "base" / "forgot" / families.RECORD).read_text()) == record
-    run_script("evaluate_util.py", "model_path=base/forgot", data, "ds_size=2", "save_dir=evaluation")
+    for folder, split in (("base", "retain90"), ("base/forgot", "full")):  # 40 rows to forget, 360 to keep
+        taught = trained_on.read(tmp_path / folder)
+        assert taught == (frozenset(trained_on.digest(row["question"]) for row in read_table(split)), True)
+    chosen = ("ds_size=2", "metrics=mia_loss")
+    run_script("evaluate_util.py", "model_path=base/forgot", data, "save_dir=evaluation", *chosen)
+    attack = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["MIA loss"]
+    assert (attack["n"], attack["holdout"]) == (4, "holdout10") and "note" not in attack  # it is new to the model
     assert json.loads((tmp_path / "evaluation" / "finished.json").read_text())["family"] == record
     for script in ("forget.py", "evaluate_util.py"):
         with pytest.raises(SystemExit, match="2"):

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import utils
 from tofu.cli.schema import (
     ATTENTIONS,
+    COMPATS,
     ENGINES,
     PARALLEL,
     PRECISIONS,
@@ -24,6 +25,7 @@ from tofu.cli.schema import (
     STOCHASTIC,
     TRUTH_RATIOS,
     Aggregate,
+    Compare,
     Evaluate,
     Finetune,
     Forget,
@@ -85,6 +87,8 @@ def _check_splits(cfg: DictConfig) -> None:
     evaluated = cfg if "split_list" in cfg else cfg.get("eval", {})
     if evaluated is cfg or cfg.get("eval_only") or cfg.get("eval_while_train"):
         asked += zip(evaluated.data_path, evaluated.split_list, strict=True)
+        if evaluated.holdout.split != "auto":
+            _check_split(evaluated.holdout.path, evaluated.holdout.split, "holdout.split")
     for data_path, split in asked:
         _check_split(data_path, split)
 
@@ -310,6 +314,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
         cfg.save_format = [cfg.save_format]
     for name in cfg.save_format:
         choice(f"{prefix}save_format", name, SAVE_FORMATS)
+    _check_metrics(cfg, prefix)
     cfg.split = _perturbed(cfg.split)
     sets = len(cfg.eval_task) if isinstance(cfg.eval_task, ListConfig) else 1
     for key in PARALLEL:
@@ -329,6 +334,38 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
             f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice; one of your own "
             "is eval_log_NAME"
         )
+    _check_holdout(cfg, prefix)
+
+
+def _check_holdout(cfg: DictConfig, prefix: str) -> None:
+    from tofu.evaluation import logs  # it imports numpy
+
+    place, tasks = cfg.holdout.path, list(cfg.eval_task)
+    if isinstance(place, ListConfig) and len(place) == len(tasks):
+        place = place[tasks.index(logs.FORGET) if logs.FORGET in tasks else -1]
+    if not isinstance(place, str):
+        raise BadInput(f"{prefix}holdout.path={place}: it must be one folder or hub id")
+    cfg.holdout.path = place
+
+
+def _check_metrics(cfg: DictConfig, prefix: str) -> None:
+    from tofu.evaluation.metrics import fluency, table  # they import numpy
+
+    if not isinstance(cfg.metrics, ListConfig):
+        cfg.metrics = [cfg.metrics]
+    for name in cfg.metrics:
+        choice(f"{prefix}metrics", name, table.NAMES)
+    if cfg.compat is not None:
+        choice(f"{prefix}compat", cfg.compat, COMPATS)
+    choice(f"{prefix}fluency.by", cfg.fluency.by, fluency.BY)
+    for key, share in cfg.collapse.items():
+        if not 0 <= share <= 1:
+            raise BadInput(f"{prefix}collapse.{key}={share}: it is a share, from 0 to 1")
+    if cfg.reference_model is not None and not {"privacy", "mia_reference", "all"} & {*cfg.metrics}:
+        raise BadInput(
+            f"{prefix}reference_model={cfg.reference_model} is read by membership inference alone: add privacy to "
+            f"{prefix}metrics"
+        )
 
 
 def _perturbed(split: str) -> str:
@@ -340,4 +377,18 @@ def _check_aggregate(cfg: DictConfig) -> None:
     choice("truth_ratio", cfg.truth_ratio, TRUTH_RATIOS)  # paths are looked at when they are read
 
 
-CHECKS = {Finetune: _check_run, Forget: _check_forget, Evaluate: _check_evaluate, Aggregate: _check_aggregate}
+def _check_compare(cfg: DictConfig) -> None:
+    if not isinstance(cfg.results, ListConfig) or len(cfg.results) != 2 or not all(cfg.results):
+        raise BadInput(f"results={cfg.results}: it must be a list of two evaluations, results=[A,B]")
+    cfg.results = [str(path) for path in cfg.results]
+    if cfg.save_file is not None and os.path.isdir(cfg.save_file):
+        raise BadInput(f"save_file={cfg.save_file} is a folder: name the CSV to write")
+
+
+CHECKS = {
+    Finetune: _check_run,
+    Forget: _check_forget,
+    Evaluate: _check_evaluate,
+    Aggregate: _check_aggregate,
+    Compare: _check_compare,
+}

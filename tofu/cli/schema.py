@@ -97,6 +97,32 @@ class Rouge:
 
 
 @dataclass
+class Fluency:
+    """What says whether generations are fluent."""
+
+    by: str = MISSING
+    classifier: str = MISSING
+    model: str | None = None
+
+
+@dataclass
+class Collapse:
+    """Below which shares of the starting model's, and above which share of repeating texts, a model has collapsed."""
+
+    utility: float = MISSING
+    fluency: float = MISSING
+    repeat: float = MISSING
+
+
+@dataclass
+class Holdout:
+    """The non-members of membership inference. A list as path means the forget set's entry."""
+
+    path: Any = MISSING
+    split: str = MISSING
+
+
+@dataclass
 class Evaluate:
     """The lists hold one entry per set; a string means a list of equal ones, so their type here is Any.
 
@@ -124,17 +150,25 @@ class Evaluate:
     overwrite: bool = MISSING
     use_pretrained: bool = MISSING
     reinitialize_weights: bool = MISSING
+    fluency: Fluency = field(default_factory=Fluency)
+    collapse: Collapse = field(default_factory=Collapse)
     retain_result: str | None = None
+    start_result: str | None = None
     truth_ratio: str = MISSING
     save_format: Any = MISSING
+    metrics: Any = MISSING
+    compat: str | None = None
+    holdout: Holdout = field(default_factory=Holdout)
+    reference_model: str | None = None
     progress: bool = MISSING
     save_dir: str = MISSING
 
 
-NOT_PARALLEL = ("save_format", "batch_size")
+NOT_PARALLEL = ("save_format", "batch_size", "metrics")
 PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key not in NOT_PARALLEL)
 TRUTH_RATIOS = ("geometric", "arithmetic")
 SAVE_FORMATS = ("tofu", "openunlearning")
+COMPATS = ("openunlearning",)
 ROUGE_TOKENIZERS = ("default", "unicode")
 
 
@@ -164,6 +198,14 @@ class Aggregate:
     save_file: str = MISSING
     overwrite: bool = MISSING
     truth_ratio: str = MISSING
+
+
+@dataclass
+class Compare:
+    """compare.yaml. results is a list of two, so its type here is Any."""
+
+    results: Any = MISSING
+    save_file: str | None = None
 
 
 OmegaConf.register_new_resolver("home", families.home, replace=True)  # where a run is saved unless save_dir says so

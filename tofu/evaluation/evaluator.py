@@ -1,5 +1,7 @@
 """Evaluate a model on its sets: per-row logs, then statistics of the logs. The same code during training and after."""
 
+import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,23 +13,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import utils
 from data_module import Tags
-from tofu.evaluation import inference, log_formats, logs, row_logs, slots, vllm_backend
+from tofu.evaluation import (
+    inference,
+    judges,
+    log_files,
+    log_formats,
+    logs,
+    measures,
+    passes,
+    reference,
+    row_logs,
+    slots,
+    start_result,
+    vllm_backend,
+    words,
+)
+from tofu.evaluation.measures import Measures
+from tofu.evaluation.metrics import collapse
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
+from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.retain_log import load_retain_log
 from tofu.evaluation.sets import Task, check_words, load_sets, prepare, reach
-from tofu.runtime import provenance, ranks, run_folder
+from tofu.models.engines import Engine
+from tofu.runtime import ranks, run_folder, trained_on
+from tofu.runtime.trained_on import Taught
 
 log = logging.getLogger(__name__)
 
 STATISTICS = "aggregate_stat.csv"
 REPORT = "eval_report.md"
-FINGERPRINTS = "fingerprints.json"
 OPENUNLEARNING = ("TOFU_EVAL.json", "TOFU_SUMMARY.json")
-OWN = ("eval_*.json", logs.AGGREGATED, STATISTICS, REPORT, FINGERPRINTS, *OPENUNLEARNING)  # what an evaluation writes
+OWN = (  # what an evaluation writes
+    *("eval_*.json", logs.AGGREGATED, STATISTICS, REPORT, log_files.FINGERPRINTS, *OPENUNLEARNING),
+    *(measures.METRICS, measures.ROWS, reference.FILE),
+)
 OURS = ("backend", "ours")  # no part of a fingerprint: older ones are without it
-VERSION = 2  # part of every fingerprint: raise it whenever a change of the code moves a number
-Page = Callable[[Mapping[str, Any], Statistics, str], str]  # of a log, its statistics and the truth ratio's name
+TOFU_ALONE = Measures()
+Page = Callable[[Mapping[str, Any], Statistics, str, Sequence[str]], str]  # see reporting.page
 
 
 def evaluate(
@@ -48,6 +71,7 @@ def evaluate(
     todo: Sequence[str] | None = None,
     sharded: bool = False,
     answers: Mapping[str, list[list[int]]] | None = None,
+    measured: Measures = TOFU_ALONE,
 ) -> dict[str, Any]:
     """Score and generate every row of every set; write the logs, their statistics and, with `page`, one to look at.
 
@@ -58,16 +82,17 @@ def evaluate(
         tasks: what `prepare` made of the sets.
         save_dir: gets each set's log as soon as it is complete, then the other files (see docs/evaluation.md).
         batch_size: most prompts generated at once, or auto (`slots.resolve`).
-        rouge: the tokenizer of `row_logs.scorer`.
+        rouge: the tokenizer of `words.scorer`.
         truth_ratio: geometric or arithmetic (`tofu_metrics.log_ratio`); the logs are the same for both.
         save_format: `openunlearning` also writes TOFU_EVAL.json and TOFU_SUMMARY.json.
         retain_log: the retain model's aggregated log; None: no forget quality.
         method_name: the Method column of the statistics.
         page: makes `eval_report.md`.
-        fingerprints: task -> what its log is a function of (`fingerprint`); kept beside the logs.
+        fingerprints: task -> what its log is a function of (`log_files.fingerprint`); kept beside the logs.
         todo: the sets to evaluate, the same on all ranks; the others' logs are in save_dir already. None for all.
         sharded: whether the ranks share one model: then all of them run equally many forwards.
         answers: task -> what was generated for each of its rows beforehand, in tokens; the model generates the others.
+        measured: the metrics beside TOFU's own.
 
     Returns:
         What finished.json holds (`metric.Statistics.record`), on rank 0; {} on the others.
@@ -75,91 +100,81 @@ def evaluate(
     Raises:
         BadInput: a loss that is not finite.
     """
-    folder = Path(save_dir)
-    todo = [task.data.task for task in tasks] if todo is None else todo
-    at_once = _at_once(batch_size, model, tasks, set(todo) - set(answers or {}))
-    made: dict[str, dict] = {}
-    for task in tasks:
-        name = task.data.task
-        if name in todo:
-            texts, scores = _run(model, tokenizer, task, at_once, sharded, (answers or {}).get(name))
-            made[f"{name}.json"] = row_logs.log_of(task, scores, texts, save_generated_text, rouge)
-            _keep(folder, name, made[f"{name}.json"], (fingerprints or {}).get(name))
-        elif ranks.rank() == 0:
-            made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    folder, every = Path(save_dir), (*tasks, *measured.beside)
+    todo = [task.data.task for task in every] if todo is None else todo
+    answers = {**(answers or {}), **{task.data.task: [[] for _ in task.prompts] for task in measured.beside}}
+    at_once = _at_once(batch_size, model, tasks, todo, answers, measured)
+    each = [passes.Asked(model, tokenizer, task, [], at_once, sharded, measured.settings) for task in every]
+    made, columns = _sets(folder, each, todo, answers, measured, rouge, save_generated_text, fingerprints or {})
     if ranks.rank() > 0:
         return {}
-    return _write(made, folder, retain_log, method_name, truth_ratio, save_format, page, rouge).record()
+    told = (retain_log, method_name, truth_ratio, save_format, page, rouge)
+    return _write(made, columns, measured, folder, *told)
+
+
+def _sets(
+    folder: Path,
+    each: Sequence[passes.Asked],
+    todo: Sequence[str],
+    answers: Mapping[str, list[list[int]]],
+    measured: Measures,
+    rouge: str,
+    save_text: bool,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Every set's log, by its file's name, and the columns that the metrics read of all sets; whole on rank 0 alone."""
+    made: dict[str, dict] = {}
+    columns: dict[str, Any] = {}
+    for asked in each:
+        name, logged = asked.task.data.task, not any(asked.task is one for one in measured.beside)
+        if name in todo:
+            rows = _run(asked, answers.get(name), measured, rouge)
+            if logged:
+                made[f"{name}.json"] = row_logs.log_of(asked.task, rows, save_text)
+                log_files.keep(folder, name, made[f"{name}.json"], fingerprints.get(name))
+            columns |= measured.keep(folder, name, rows, fingerprints.get(name))
+        elif ranks.rank() == 0:
+            columns |= measured.kept(folder, name)
+            if logged:
+                made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return made, columns
 
 
 def _at_once(
-    batch_size: int | str, model: PreTrainedModel | None, tasks: Sequence[Task], written: set[str]
+    batch_size: int | str,
+    model: PreTrainedModel | None,
+    tasks: Sequence[Task],
+    todo: Sequence[str],
+    answers: Mapping[str, Any],
+    measured: Measures,
 ) -> tuple[int, int]:
     """`slots.resolve` for the sets that the model itself writes to; nothing is asked where there are none."""
-    asked = [task for task in tasks if task.data.task in written]
+    todo = [name for name in todo if name not in answers or "generation" in measured.passes(name)]
+    asked = [task for task in tasks if task.data.task in todo]
     return slots.resolve(batch_size, model, asked) if asked else (0, 1)
 
 
-def _run(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    at_once: tuple[int, int],
-    sharded: bool,
-    answers: list[list[int]] | None,
-) -> tuple[list[str], list]:
-    """What the model writes to each row of a set, unless that is known, and its scores of each row's answers."""
-    batch_size, among = at_once
+def _run(asked: passes.Asked, answers: list[list[int]] | None, measured: Measures, rouge: str) -> list[Row]:
+    """A set's rows: what the model writes to each, its scores of each row's answers, and what the metrics' passes find.
+
+    Args:
+        answers: what was written beforehand, in tokens; the model writes where this is None.
+    """
+    model, tokenizer, task, _, (batch_size, among), sharded, *_ = asked
     with inference.ready(model, reach(task), sharded) as masks:
         # in this order: the cache is the largest thing, and what scoring leaves to the allocator isn't under it
         if answers is None:
-            texts = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks, among)
-        else:
-            texts = row_logs.decoded(tokenizer, answers)
-        return texts, row_logs.score_rows(model, task, sharded, masks)
-
-
-def _keep(folder: Path, name: str, made: Mapping[str, Any], made_from: Mapping[str, Any] | None) -> None:
-    """Write a set's log and its fingerprint, on rank 0."""
-    if ranks.rank() == 0:
-        run_folder.note(folder, f"{name}.json", FINGERPRINTS)
-        utils.write_json(folder / f"{name}.json", made)
-        _remember(folder, name, made_from)
-
-
-def fingerprint(task: Task, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a set's log is a function of: a log with the same fingerprint need not be made again.
-
-    Args:
-        model: the identity of the weights and the tokenizer (`folders.identity`).
-        settings: what else moves a number or a text. Not batch_size nor the engine: they move bits beyond the tenth.
-    """
-    rows = json.dumps([task.data, task.questions], ensure_ascii=False)
-    return provenance.fingerprint(model=model, data=provenance.digest(rows), **settings, version=VERSION)
-
-
-def _remember(folder: Path, name: str, made_from: Mapping[str, Any] | None) -> None:
-    """Note a log's fingerprint together with its own digest, so that neither can go with another of the other."""
-    path = folder / FINGERPRINTS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if made_from is not None:
-        utils.write_json(path, known | {name: {**made_from, "log": provenance.file_digest(folder / f"{name}.json")}})
-
-
-def why_not_complete(folder: Path, name: str, made_from: Mapping[str, Any]) -> str | None:
-    """Why a set's log in `folder` can't stand for a new one; None if it can."""
-    path, known = folder / f"{name}.json", folder / FINGERPRINTS
-    if not path.is_file():
-        return "it is not there"
-    noted = json.loads(known.read_text(encoding="utf-8")).get(name) if known.is_file() else None
-    if noted is None or noted.get("log") != provenance.file_digest(path):
-        return "it has no fingerprint"
-    differing = provenance.differing(noted, made_from)
-    return f"it was made with other {', '.join(differing)}" if differing else None
+            answers = row_logs.generate_rows(model, tokenizer, task, batch_size, sharded, masks, among)
+        scores = row_logs.score_rows(model, task, sharded, masks)
+    texts = row_logs.decoded(tokenizer, answers)
+    extra = measured.run(task.data.task, asked._replace(texts=texts))
+    return measures.rows_of(task, scores, answers, texts, extra, rouge)
 
 
 def _write(
     made: dict[str, dict],
+    columns: Mapping[str, Sequence[float | None]],
+    measured: Measures,
     folder: Path,
     retain_log: Mapping[str, Any] | None,
     method_name: str,
@@ -167,11 +182,12 @@ def _write(
     save_format: Sequence[str],
     page: Page | None,
     rouge: str,
-) -> Statistics:
-    """Write the aggregated log and what follows from it."""
+) -> dict[str, Any]:
+    """Write the aggregated log and what follows from it. Returns what finished.json holds."""
     run_folder.note(folder, logs.AGGREGATED, STATISTICS, REPORT, *OPENUNLEARNING)
     utils.write_json(folder / logs.AGGREGATED, made)
     scores = tofu_metrics.statistics(made, retain_log, truth_ratio)
+    signs, more = measured.collapsed(made, scores, columns), measured.write(folder, made, scores, columns)
     if missing := logs.missing_sets(made):
         log.info("no model utility: it needs %s too", ", ".join(missing))
     elif bare := logs.uncompared(made):
@@ -181,22 +197,25 @@ def _write(
             folder / STATISTICS, tofu_metrics.to_csv([tofu_metrics.leaderboard_row(scores, method_name, "")])
         )
     if page is not None:
-        utils.write_text(folder / REPORT, page(made, scores, truth_ratio))
+        utils.write_text(folder / REPORT, page(made, scores, truth_ratio, signs))
     if "openunlearning" in save_format:
         geometric = scores if truth_ratio == "geometric" else tofu_metrics.statistics(made, retain_log)
-        contents = log_formats.to_openunlearning(made, geometric, _f1(made, rouge))
+        contents = log_formats.to_openunlearning(made, geometric, _f1(made, rouge), columns, more)
         for name, content in zip(OPENUNLEARNING, contents, strict=True):
             utils.write_json(folder / name, content)
     log.info("evaluation logs: %s", folder)
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in scores.values.items()))
-    return scores
+    if signs:
+        log.warning(collapse.warning(signs))
+    values = {name: one.value for name, one in more.items() if one.value is not None}
+    return {**scores.record(), **values, **({"Collapse": signs} if signs else {})}
 
 
 def _f1(made: Mapping[str, Mapping[str, Any]], rouge: str) -> dict[str, dict[str, float]]:
     """ROUGE-L F1 of every row whose texts were kept."""
     texts = {name: one.get("generated_text", {}) for name, one in made.items()}
     return {
-        name: {i: row_logs.scorer(rouge).score(truth, text)["rougeL"].fmeasure for i, (_, text, truth) in rows.items()}
+        name: {i: words.rouge(truth, text, rouge)["rougeL"].fmeasure for i, (_, text, truth) in rows.items()}
         for name, rows in texts.items()
     }
 
@@ -213,6 +232,8 @@ class Evaluator:
         page: Page | None = None,
         method_name: str = "",
         prefix: str = "",
+        starts_from: str | None = None,
+        taught: Taught = trained_on.UNKNOWN,
     ) -> None:
         """Read and tokenise every set, and read the retain result.
 
@@ -221,21 +242,28 @@ class Evaluator:
             record: what `families.record` says of it.
             page: makes `eval_report.md`.
             prefix: what stands before the keys of `cfg` on the command line.
+            starts_from: the model that a training starts from: its evaluation is looked for in its folder.
+            taught: what the model was trained on.
 
         Raises:
-            BadInput: see `load_sets`, `prepare` and `load_retain_log`.
+            BadInput: see `load_sets`, `prepare`, `load_retain_log`, `measures.of_config` and `start_result.load`.
         """
         self.cfg, self.tokenizer, self.method_name = cfg, tokenizer, method_name
-        self.tags, self.page = tags, page
+        self.tags, self.page, self.prefix = tags, page, prefix
         sets = load_sets(cfg)
         check_words(sets, cfg.rouge.tokenizer, prefix)
         room = {"max_length": cfg.generation.max_length, "max_new_tokens": cfg.generation.max_new_tokens}
-        self.tasks = [prepare(data, tokenizer, self.tags, **room, prefix=prefix) for data in sets]
+        prepared = functools.partial(prepare, tokenizer=tokenizer, tags=self.tags, **room, prefix=prefix)
+        self.tasks = [prepared(data) for data in sets]
         self.retain_log = load_retain_log(cfg, self.tasks, record, tokenizer)
+        compared = functools.partial(reference.Reference, tokenizer=tokenizer, record=record, prefix=prefix)
+        self.measured = measures.of_config(cfg, sets, prepared, taught, compared)
+        start = start_result.load(cfg, self.tasks, record, prefix, starts_from, self.fingerprints("", False))
+        self.measured = dataclasses.replace(self.measured, start=start)
         self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
 
     def fingerprints(self, model: str, bf16: bool) -> dict[str, dict[str, Any]]:
-        """Task -> `fingerprint`.
+        """Task -> `log_files.fingerprint`.
 
         Args:
             model: the identity of the weights.
@@ -252,17 +280,41 @@ class Evaluator:
             "save_generated_text": self.cfg.save_generated_text,
             **({"rouge": self.cfg.rouge.tokenizer} if self.cfg.rouge.tokenizer != "default" else {}),
         }
-        return {task.data.task: fingerprint(task, model, settings) for task in self.tasks}
+        tasks = (*self.tasks, *self.measured.beside)
+        return {task.data.task: log_files.fingerprint(task, model, settings) for task in tasks}
 
     def missing(self, folder: Path, fingerprints: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The sets whose logs in `folder` are not there or not of these fingerprints. Rank 0 looks and says why."""
         todo = []
         if ranks.rank() == 0:
             for name, made_from in fingerprints.items():
-                why = why_not_complete(folder, name, made_from)
+                beside = name in [task.data.task for task in self.measured.beside]
+                why = None if beside else log_files.why_not_complete(folder, name, made_from)
+                why = why or self.measured.why_not_complete(folder, name, made_from)
                 log.info("%s: %s", name, f"evaluated, because {why}" if why else "complete, and not evaluated again")
                 todo += [name] if why else []
         return ranks.from_rank_0(todo)
+
+    def check(self, engine: Engine) -> None:
+        """Raise BadInput where this engine can't load the reference model, or a judge of texts can't be loaded."""
+        judges.check(
+            self.cfg, {name for task in self.tasks for name in self.measured.passes(task.data.task)}, self.prefix
+        )
+        if self.measured.reference is not None:
+            self.measured.reference.check(engine)
+
+    def compare(self, folder: Path, engine: Engine, todo: Sequence[str] | None = None) -> None:
+        """Let the reference model score what is compared with it, before the model to evaluate is loaded.
+
+        Args:
+            folder: keeps what it finds.
+            todo: the sets to evaluate; None for all.
+        """
+        tasks = [
+            task for task in (*self.tasks, *self.measured.beside) if "reference" in self.measured.passes(task.data.task)
+        ]
+        if self.measured.reference is not None and any(todo is None or task.data.task in todo for task in tasks):
+            self.measured.reference.score(tasks, folder, engine)
 
     def generated(self, path: str, bf16: bool, todo: Sequence[str] | None = None) -> dict[str, list[list[int]]]:
         """What another generator than the model in memory writes, before that model is loaded: see `evaluate`.
@@ -310,5 +362,6 @@ class Evaluator:
             todo=todo,
             sharded=sharded,
             answers=answers,
+            measured=self.measured,
         )
         return self.scores

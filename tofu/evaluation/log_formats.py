@@ -5,7 +5,8 @@ Ours is the original benchmark's `eval_log_aggregated.json`. The other one in us
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,19 @@ import numpy as np
 import utils
 from tofu.evaluation import logs
 from tofu.evaluation.logs import RIGHT, TASKS, WRONG
-from tofu.evaluation.metrics.declared import Statistics
+from tofu.evaluation.metrics import privacy
+from tofu.evaluation.metrics.declared import Statistics, Value
 from utils import BadInput
 
 log = logging.getLogger(__name__)
 
+METRICS, EVAL = "metrics.json", "TOFU_EVAL.json"  # ours beside a log, and OpenUnlearning's, which is a log too
 PREFIXES = {"forget": "Forget", "retain": "Retain", "ra": "Real Authors", "wf": "Real World"}  # theirs -> ours
+OF_ROWS = {  # OpenUnlearning's metrics of the forget set's rows that the benchmark's log has not -> ours
+    "extraction_strength": "Extraction Strength Forget",
+    "exact_memorization": "Exact Memorisation Forget",
+}
+LEAK = "privleak"  # PrivLeak
 EPSILON = 1e-10  # OpenUnlearning adds it to every denominator
 
 
@@ -107,8 +115,46 @@ def _from_openunlearning(raw: Mapping[str, Any], prefix: str) -> dict[str, dict[
     return one if RIGHT in one else {}
 
 
+def metrics_beside(path: str | None, key: str) -> dict[str, Any] | None:
+    """The metrics of the evaluation whose log is in a file: of the metrics.json and the TOFU_EVAL.json beside it.
+
+    Args:
+        path: the log; it may be OpenUnlearning's under any name. None: there is none.
+        key: the config key that named it.
+
+    Returns:
+        Name -> at least `value`, as metrics.json holds them; None without a log.
+
+    Raises:
+        BadInput: a file there is not whole JSON.
+    """
+    if path is None:
+        return None
+    log_file = Path(utils.find(path))
+    found: dict[str, Any] = {}
+    for file in dict.fromkeys((log_file, log_file.with_name(EVAL), log_file.with_name(METRICS))):
+        raw = utils.read_json(file, key) if file.is_file() else None
+        if isinstance(raw, Mapping):
+            found |= raw if file.name == METRICS else metrics_of(raw)
+    return found
+
+
+def metrics_of(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics in OpenUnlearning's TOFU_EVAL.json that are no statistics of a log, by our names."""
+    found = privacy.from_openunlearning(raw)
+    for theirs, ours in (*OF_ROWS.items(), (LEAK, "PrivLeak")):
+        value = raw[theirs].get("agg_value") if isinstance(raw.get(theirs), Mapping) else None
+        if isinstance(value, int | float):
+            found[ours] = {"value": float(value)}
+    return found
+
+
 def to_openunlearning(
-    ours: Mapping[str, Any], scores: Statistics, f1: Mapping[str, Mapping[str, float]]
+    ours: Mapping[str, Any],
+    scores: Statistics,
+    f1: Mapping[str, Mapping[str, float]],
+    columns: Mapping[str, Sequence[float | None]] | None = None,
+    found: Mapping[str, Value] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """An aggregated log as OpenUnlearning's TOFU_EVAL.json and TOFU_SUMMARY.json, with its definitions.
 
@@ -116,24 +162,45 @@ def to_openunlearning(
         ours: the aggregated log; sets outside the four are left out.
         scores: its `tofu_metrics.statistics`.
         f1: log name -> row -> ROUGE-L F1, where the texts are known.
+        columns, found: the numbers per row of the other metrics, and what these came to, by our names.
 
     Returns:
         Both files' content, keys sorted; a metric that the log does not allow is not there.
     """
-    found: dict[str, Any] = {}
+    written: dict[str, Any] = _measured(columns or {}, found or {})
+    short = ["forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio", "model_utility", *written]
     for prefix, name in PREFIXES.items():
         file = f"{TASKS[name]}.json"
         if file in ours and logs.compared(ours, TASKS[name]):
-            found |= _to_openunlearning(ours, prefix, name, f1.get(file, {}))
+            written |= _to_openunlearning(ours, prefix, name, f1.get(file, {}))
     if "Model Utility" in scores.values:
-        found["model_utility"] = {"agg_value": scores.values["Model Utility"]}
-    found["forget_quality"] = {"agg_value": scores.values.get("Forget Quality")}
-    summary = {
-        name: found[name]["agg_value"]
-        for name in ("forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio", "model_utility")
-        if name in found and found[name]["agg_value"] is not None
-    }
-    return dict(sorted(found.items())), summary
+        written["model_utility"] = {"agg_value": scores.values["Model Utility"]}
+    written["forget_quality"] = {"agg_value": scores.values.get("Forget Quality")}
+    known = [name for name in sorted(short) if name in written]
+    summary = {name: written[name]["agg_value"] for name in known if written[name]["agg_value"] is not None}
+    return dict(sorted(written.items())), summary
+
+
+def _measured(columns: Mapping[str, Sequence[float | None]], found: Mapping[str, Value]) -> dict[str, Any]:
+    """Extraction strength, exact memorisation, the attacks and PrivLeak, as far as they were computed and have a value.
+
+    Their numbers per row are in the form that `compat` asked for.
+    """
+
+    def rows(name: str) -> dict[str, Any]:
+        known = [value for value in columns[name] if value is not None]
+        by_index = {str(i): {"score": value} for i, value in enumerate(columns[name])}
+        return {"agg_value": float(np.mean(known)), "value_by_index": by_index}
+
+    valued = {name for name, one in found.items() if one.value is not None}
+    written: dict[str, Any] = {theirs: rows(ours) for theirs, ours in OF_ROWS.items() if ours in valued}
+    for theirs, ours in privacy.THEIRS.items():
+        if ours in valued:
+            sides = {side.lower(): rows(f"{ours} {side}") for side in (privacy.FORGET, privacy.HOLDOUT)}
+            written[theirs] = {**sides, "auc": found[ours].value, "agg_value": found[ours].value}
+    if "PrivLeak" in valued:
+        written[LEAK] = {"agg_value": found["PrivLeak"].value}
+    return written
 
 
 def _to_openunlearning(ours: Mapping[str, Any], prefix: str, name: str, f1: Mapping[str, float]) -> dict[str, Any]:

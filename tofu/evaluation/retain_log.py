@@ -50,7 +50,7 @@ def load_retain_log(
                     f"retain_result={cfg.retain_result}: forget quality compares truth ratios, and the forget set has "
                     f"no column {cfg.perturbed_answer_key[-1]}: leave out retain_result, or add wrong answers"
                 )
-            ours = {f"{logs.FORGET}.json": _known(task)}
+            ours = {f"{logs.FORGET}.json": known(task)}
             try:
                 logs.columns(retain, logs.FORGET, logs.RIGHT, logs.WRONG)
                 logs.same_rows(ours, retain)
@@ -61,7 +61,7 @@ def load_retain_log(
     return retain
 
 
-def _known(task: Task) -> dict[str, dict[str, Any]]:
+def known(task: Task) -> dict[str, dict[str, Any]]:
     """What of a set's log is known before a model has seen it: its rows, their texts and the answers' token counts."""
     answers = [row[task.data.answer_key] for row in task.data.rows]
     texts = {str(i): [asked, "", answer] for i, (asked, answer) in enumerate(zip(task.questions, answers, strict=True))}

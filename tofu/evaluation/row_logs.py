@@ -1,6 +1,5 @@
 """From a model and a set to its log: every answer scored, every question answered, numbers and texts for each row."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from tofu.evaluation import inference, logs, plain, words
 from tofu.evaluation.inference import TokenScores
+from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.sets import Task
 from tofu.runtime import ranks
 from utils import BadInput
@@ -16,19 +16,6 @@ from utils import BadInput
 SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
 LOGITS_AT_ONCE = 2**28  # numbers, 1 GiB in float32: bounds such a batch where the vocabulary is large
 REFILLS = 2  # prompts that share a generation's slots, in multiples of batch_size: more keep the slots full
-
-
-@functools.cache
-def scorer(tokenizer: str = "default") -> Any:
-    """The scorer of generations: ROUGE-1 and ROUGE-L, with the stemmer, as the benchmark has it.
-
-    Args:
-        tokenizer: `default` reads a to z and 0 to 9; `unicode` every script (`words.tokens`), without the stemmer.
-    """
-    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk and scipy: a second
-
-    own = words.Unicode() if tokenizer == "unicode" else None
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=own)
 
 
 def scored_at_once(config: PretrainedConfig) -> int:
@@ -72,8 +59,8 @@ def generate_rows(
     sharded: bool,
     masks: bool = True,
     among: int = 1,
-) -> list[str]:
-    """Each row's greedy answer, up to an end token or its own budget.
+) -> list[list[int]]:
+    """Each row's greedy answer in tokens, up to an end token, which is left out, or its own budget.
 
     Args:
         batch_size: most prompts generated at once.
@@ -103,7 +90,7 @@ def generate_rows(
     if together:
         together.wait()
     found = ranks.merge(found)
-    return decoded(tokenizer, [found.get(i, []) for i in range(len(task.prompts))])
+    return [found.get(i, []) for i in range(len(task.prompts))]
 
 
 def cut(prompts: int, batch_size: int, among: int) -> tuple[int, int]:
@@ -123,36 +110,27 @@ def decoded(tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]]
     return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
 
 
-def log_of(
-    task: Task, scores: list[dict], texts: list[str], save_text: bool, rouge: str = "default"
-) -> dict[str, dict]:
-    """The per-row log in the public benchmark's format: metric -> row number as a string -> value.
-
-    Args:
-        rouge: the tokenizer of `scorer`.
-    """
-    rows = [_row_of(task, i, scores[i], texts[i], rouge) for i in range(len(task.prompts))]
+def log_of(task: Task, seen: Sequence[Row], save_text: bool) -> dict[str, dict]:
+    """The per-row log in the public benchmark's format: metric -> row number as a string -> value."""
+    rows = [_row_of(task, one) for one in seen]
     if not save_text:
         for row in rows:
             del row["generated_text"]
     return {metric: {str(i): row[metric] for i, row in enumerate(rows)} for metric in rows[0]}
 
 
-def _row_of(
-    task: Task, i: int, scores: dict[tuple[str, int], TokenScores], text: str, tokenizer: str
-) -> dict[str, Any]:
-    truth = task.data.rows[i][task.data.answer_key]
-    sums = {answer: (float(tokens.nll.sum()), len(tokens.nll)) for answer, tokens in scores.items()}
+def _row_of(task: Task, row: Row) -> dict[str, Any]:
+    sums = {answer: (float(tokens.nll.sum()), len(tokens.nll)) for answer, tokens in row.answers.items()}
     gt, count = sums["gt", 0]
     base, base_count = sums.get(("paraphrased", 0), (gt, count))
     perturbed = [score for (kind, _), score in sums.items() if kind == "perturb"]
     averages = [total / n for total, n in perturbed]
-    rouge = scorer(tokenizer).score(truth, text)
+    rouge = words.rouge(row.truth, row.text, row.rouge)
     found = {
         "avg_gt_loss": gt / count,
         "gt_loss": gt,
         "num_token_gt": count,
-        "generated_text": [task.questions[i], text, truth],
+        "generated_text": [row.question, row.text, row.truth],
         "rouge1_recall": rouge["rouge1"].recall,
         "rougeL_recall": rouge["rougeL"].recall,
     }

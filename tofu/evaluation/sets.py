@@ -36,6 +36,7 @@ class Task(NamedTuple):
     data: EvalSet
     questions: list[str]  # as the model is asked them, tags included
     answers: list[list[tuple[str, int]]]  # a path of a row's tree: gt, paraphrased or perturb, and its number
+    ended: list[list[bool]]  # whether that path's last token is the end token, which a text that was cut has not
     trees: list[Tree]
     prompts: list[list[int]]
     likely: list[list[tuple[int, ...]]]  # of each prompt, its answered texts: generating is faster where it follows one
@@ -88,7 +89,7 @@ def check_words(sets: Sequence[EvalSet], rouge: str, prefix: str = "") -> None:
     """Raise BadInput if ROUGE would read nothing of an answer: whatever is generated, it would score 0.
 
     Args:
-        rouge: the tokenizer of `row_logs.scorer`.
+        rouge: the tokenizer of `words.scorer`.
         prefix: what stands before `rouge.tokenizer` in the config's keys.
     """
     for data in sets:
@@ -122,7 +123,7 @@ def prepare(
     Raises:
         BadInput: a row without an answer token within max_length.
     """
-    task = Task(data, [], [], [], [], [], [])
+    task = Task(data, [], [], [], [], [], [], [])
     cut = scored = 0
     for row in data.rows:
         question = row[data.question_key]
@@ -138,6 +139,7 @@ def prepare(
         cut, scored = cut + sum(sample.cut for sample in samples), scored + len(samples)
         task.questions.append(data_module.prompt(tags, question))
         task.answers.append(list(answers))
+        task.ended.append([sample.targets[-1] == tokenizer.eos_token_id for sample in samples])
         task.trees.append(inference.tree(samples))
         task.prompts.append(data_module.asked(samples[0]))
         task.likely.append([(*sample.input_ids, sample.targets[-1]) for sample in samples])

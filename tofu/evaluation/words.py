@@ -1,7 +1,9 @@
-"""Words of a text in any script, for ROUGE; and whether ROUGE's own tokenizer reads a text at all."""
+"""ROUGE, and words of a text in any script for it; and whether ROUGE's own tokenizer reads a text at all."""
 
+import functools
 import re
 import unicodedata
+from typing import Any
 
 # scripts that write no spaces between words: a token per character there
 SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO")
@@ -38,6 +40,29 @@ class Unicode:
     def tokenize(self, text: str) -> list[str]:
         """See `tokens`."""
         return tokens(text)
+
+
+@functools.cache
+def scorer(tokenizer: str = "default") -> Any:
+    """The scorer of generations: ROUGE-1 and ROUGE-L, with the stemmer, as the benchmark has it.
+
+    Args:
+        tokenizer: `default` reads a to z and 0 to 9; `unicode` every script (`tokens`), without the stemmer.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk and scipy: a second
+
+    own = Unicode() if tokenizer == "unicode" else None
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True, tokenizer=own)
+
+
+@functools.lru_cache(maxsize=8192)  # the log and several metrics ask for the same pairs
+def rouge(truth: str, text: str, tokenizer: str = "default") -> dict[str, Any]:
+    """ROUGE-1 and ROUGE-L (`rouge1`, `rougeL`: precision, recall, fmeasure) of a text against the true one.
+
+    Args:
+        tokenizer: as of `scorer`.
+    """
+    return scorer(tokenizer).score(truth, text)
 
 
 def unread(text: str) -> bool:

@@ -1,11 +1,12 @@
 """The page on which a person looks at an evaluation. Pure: a log and its statistics in, Markdown out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tofu.evaluation import logs
+from tofu.evaluation.metrics import collapse
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.metrics.declared import Statistics
 
@@ -13,15 +14,17 @@ SCORES = ("ROUGE", "Prob.", "Truth Ratio")  # a row's, in the order of the colum
 SHOWN = 5  # rows of each set from either end
 
 
-def evaluation_page(log: Mapping[str, Any], scores: Statistics, truth_ratio: str) -> str:
+def evaluation_page(log: Mapping[str, Any], scores: Statistics, truth_ratio: str, signs: Sequence[str] = ()) -> str:
     """`eval_report.md`: the scores with their confidence intervals, and each set's best and worst rows with texts.
 
     Args:
         log: an aggregated log; sets outside the four are shown too and count in nothing.
         scores: its `tofu_metrics.statistics`.
         truth_ratio: the definition that `scores` was made with.
+        signs: of a collapse (`collapse.signs`).
     """
-    lines = ["# Evaluation", "", *_table(log, scores, truth_ratio)]
+    collapsed = [f"**Warning: {collapse.warning(signs)}.**", ""] if signs else []
+    lines = ["# Evaluation", "", *collapsed, *_table(log, scores, truth_ratio)]
     for file in log:
         task = file.removesuffix(".json")
         name = next((name for name, known in logs.TASKS.items() if known == task), task)

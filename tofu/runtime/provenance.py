@@ -37,7 +37,15 @@ NOT_SETTINGS = (
     "eval.batch_size",
 )  # keys that change no number
 ABSENT = "not given"
-INPUTS = ("model_path", "retain_result", "eval.retain_result")  # keys that name what another run made
+INPUTS = (
+    "model_path",
+    "retain_result",
+    "start_result",
+    "eval.retain_result",
+    "eval.start_result",
+    "reference_model",
+    "eval.reference_model",
+)  # keys that name what another run made
 
 
 def digest(content: bytes | str) -> str:

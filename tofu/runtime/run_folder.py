@@ -21,7 +21,14 @@ KNOWN = (  # what runs of older versions, which kept no such list, may have writ
     *("config.yaml", "versions.json", "finished.json", "config.json", "generation_config.json", "*.safetensors"),
     *("*.safetensors.index.json", "pytorch_model*", "adapter_*", "tokenizer*", "special_tokens_map.json", "vocab*"),
     *("added_tokens.json", "merges.txt", "chat_template*", "trainer_state.json", "training_args.bin", "eval_*"),
-    *("aggregate_stat.csv", "fingerprints.json", "reference_logps.json", "TOFU_EVAL.json", "TOFU_SUMMARY.json"),
+    *(
+        "aggregate_stat.csv",
+        "fingerprints.json",
+        "reference_logps.json",
+        "TOFU_EVAL.json",
+        "TOFU_SUMMARY.json",
+        "trained_on.json",
+    ),
 )
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 

@@ -15,7 +15,7 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import run_folder
+from tofu.runtime import run_folder, trained_on
 from tofu.training import forecast, optimisation
 from utils import BadInput
 
@@ -28,6 +28,7 @@ class Job:
     Attributes:
         path: the model that the run starts from, a folder or a hub id.
         data: the training samples; set by `read`.
+        taught, taught_here: what the model was trained on before this run, and will have been after it.
         evaluator: evaluates the model in memory; None where the run does not evaluate.
     """
 
@@ -46,6 +47,8 @@ class Job:
         self.tokenizer, self.family, self.record = folders.load_asked(self.path, cfg.model_family, key)
         self.engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
         self.evaluator: evaluator.Evaluator | None = None
+        pretrained = key == "model_family"
+        self.taught = trained_on.read(self.path, trained_on.NOTHING if pretrained else trained_on.UNKNOWN)
 
     def read(self) -> None:
         """Read and encode the rows that the method's terms ask for.
@@ -66,6 +69,8 @@ class Job:
             sets["retain"] = data_module.load_pairs(cfg.data_path, split, *keys)
         if {"forget", "retain"} <= sets.keys() and not cfg.allow_overlap:
             data_module.check_apart(sets["forget"], sets["retain"], cfg.split, cfg.retain_split)
+        rows = [row for name in ("forget", "retain") for row in sets.get(name, ())]
+        self.taught_here = trained_on.joined(self.taught, (row["question"] for row in rows))
         self.data = data_module.TrainingSet(self.tokenizer, self.family, cfg.max_length, cfg.seed, **sets)
 
     def check(self) -> None:
@@ -88,7 +93,7 @@ class Job:
         states = any(term.contract.states for term in self.method.terms)
         loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=False, **keys)
         if cfg.get("eval_while_train"):
-            self.evaluates()
+            self.evaluates(self.taught_here)
         checkpointing = self.family.gradient_checkpointing
         optim, self.forecast = forecast.of_run(
             cfg, self.path, self.engine, self.attention, self.data, self.method, checkpointing
@@ -117,16 +122,21 @@ class Job:
         log.info(forecast.table(self.forecast, self.cfg.model_family))
         return self.forecast.estimate._asdict()
 
-    def evaluates(self) -> None:
+    def evaluates(self, taught: trained_on.Taught) -> None:
         """Read and tokenise the evaluation's sets.
+
+        Args:
+            taught: what the model that is evaluated was trained on.
 
         Raises:
             BadInput: see `evaluator.Evaluator`.
         """
-        cfg = self.cfg
+        cfg, named = self.cfg, (self.cfg.forget_loss.name, "eval.")
         self.evaluator = evaluator.Evaluator(
-            cfg.eval, self.tokenizer, self.family, self.record, page.evaluation_page, cfg.forget_loss.name, "eval."
+            *(cfg.eval, self.tokenizer, self.family, self.record, page.evaluation_page, *named, self.path),
+            taught=taught,
         )
+        self.evaluator.check(self.engine)
 
     def start(self) -> Path:
         """Make the run's folder, once `check` has found nothing.
@@ -151,6 +161,8 @@ class Job:
         compares = references.of_run(
             self.out, cfg, self.path, self.engine, self.attention, self.data, method.terms, weights
         )
+        if self.evaluator is not None:
+            self.evaluator.compare(self.out, self.engine)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
         trainer = dataloader.TofuTrainer(
@@ -200,9 +212,10 @@ class Job:
         vllm_backend.check(cfg.eval.generation.backend, self.path, "eval.")
         self.engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, self.path)
         loadable.check_loadable(self.path, self.engine)
-        self.evaluates()
+        self.evaluates(self.taught)
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
         answers = self.evaluator.generated(self.path, self.engine.bf16)
+        self.evaluator.compare(self.out, self.engine)
         scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0, answers)
         run_folder.finish_run(self.out, {**scores, "family": self.record})
         return scores
@@ -218,6 +231,7 @@ class Job:
             saving.save(
                 trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, family=self.record, change=change
             )
+        trained_on.write(self.out, self.taught_here)
         scores = self.evaluator.scores if self.evaluator is not None else {}
         done = {**trained, **self.method.result(), **scores}
         run_folder.finish_run(self.out, {**done, "family": self.record})
