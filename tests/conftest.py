@@ -15,7 +15,7 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 @pytest.fixture(autouse=True)
-def alone():
+def own_process():
     """A test that makes its process one of a launch's, as `engine=deepspeed` does, makes it so for itself alone."""
     before = {name: os.environ.get(name) for name in LAUNCHER}
     yield

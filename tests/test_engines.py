@@ -252,6 +252,7 @@ def test_training_moves_the_weights(one, model_folder):
 CUT = ("ft_forget41", "KL_forget41", "grad_diff_forget10")
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_is_only_another_cut(setting, one):
     """16 x 1 and 4 x 4 on one process: finetune, a live reference, and both 40 and 41 rows."""
     folder, data, model = setting

@@ -57,6 +57,7 @@ def launched(folder: Path, model: Path, engine: tuple[str, ...], processes: int,
     return {path.name: bytes_of(path) for path in folder.iterdir() if path.is_dir()}
 
 
+@pytest.mark.slow
 def test_adapters_on_two_processes(model_folder, tmp_path):
     first = launched(tmp_path, model_folder, ("engine=ddp",), 2, {"lora": LORA}, 2)
     assert first["lora0"] == first["lora1"] != first["lora_other"]

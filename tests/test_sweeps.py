@@ -10,7 +10,10 @@ from tofu.models import loading
 from tofu.training.job import Job
 
 
-@pytest.mark.parametrize("how", [("forget_loss=KL,rmu,dpo",), ("forget_loss=KL", "LoRA.r=4", "lr=1e-3,1e30,1e-4")])
+DIVERGES = ("forget_loss=KL", "LoRA.r=4", "lr=1e-3,1e30,1e-4")
+
+
+@pytest.mark.parametrize("how", [("forget_loss=KL,rmu,dpo",), pytest.param(DIVERGES, marks=pytest.mark.slow)])
 def test_nothing_of_an_earlier_job_is_alive(monkeypatch, run_script, model_folder, tmp_path, how):
     """Models, reference models, trainers and optimisers, where the next job begins; of one that diverged, too."""
     seen, counts, begin, load, fit = [], [], Job.__init__, loading.load, dataloader.fit

@@ -134,13 +134,13 @@ def test_a_metric_that_lacks_something_is_null_with_its_reason():
     found = table.values(several, context)
     assert [one.reason for one in found.values()] == [
         "no row has A Forget",
-        "no A Forget: no row has A Forget",
+        "no row has A Forget",
         "retain_result has no B: evaluate that model with the same metrics",
         "it needs start_result",
         None,
     ]
     assert found["E"] == declared.Value(0.5)
-    assert table.record(several, found)["B"]["reason"] == "no A Forget: no row has A Forget"
+    assert table.record(several, found)["B"]["reason"] == "no row has A Forget"
     some = rows.Context({"A Forget": [1.0, None, 3.0]})
     assert table.values(several[:2], some)["B"].value == 2.0 and some.values["A Forget"].n == 2
 

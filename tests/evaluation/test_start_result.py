@@ -116,6 +116,7 @@ def test_what_is_refused(alone, evaluated, capsys, tmp_path, start, said):
     assert said in line and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_forget_finds_it_in_the_starting_models_folder(model_folder, run_script, monkeypatch, tmp_path, capsys):
     """The evaluation of the same rows, not that of others, nor that of a model unlearned from it."""
     monkeypatch.chdir(tmp_path)
