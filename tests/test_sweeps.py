@@ -9,7 +9,6 @@ import dataloader
 from tofu.models import loading
 from tofu.training.job import Job
 
-
 DIVERGES = ("forget_loss=KL", "LoRA.r=4", "lr=1e-3,1e30,1e-4")
 
 
