@@ -100,6 +100,8 @@ def _loss(row: Row) -> float | None:
 def perplexity(context: Context) -> Value:
     """exp of the mean over the rows of a text's mean loss per token: the geometric mean of the rows' perplexities."""
     found = mean_of(context.column(LOSS.name), LOSS.name)
+    if found.value is None:
+        return found
     interval = None if found.interval is None else np.exp(found.interval).tolist()
     return found._replace(value=float(np.exp(found.value)), interval=interval)
 

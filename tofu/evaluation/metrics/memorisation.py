@@ -81,7 +81,7 @@ def _losses(row: Row) -> tuple[float, np.ndarray] | None:
 def log_ratio(row: Row, form: str = "geometric") -> float | None:
     """Log of the truth ratio R (`tofu.log_ratio`); None for a row without wrong answers."""
     found = _losses(row)
-    return None if found is None else float(tofu.log_ratio(np.array([found[0]]), [found[1]], form)[0])
+    return None if found is None else float(tofu.log_ratio([np.asarray(found[0])], [found[1]], form)[0])
 
 
 def _indifferent(form: str) -> Callable[[Row], float | None]:

@@ -91,9 +91,9 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     Args:
         members, others: scores, oriented like a loss; at least one each.
     """
-    others = np.sort(np.asarray(others, dtype=float))
-    low, high = (np.searchsorted(others, members, side) for side in ("left", "right"))
-    return float((2 * len(others) - low - high).sum() / (2 * len(low) * len(others)))  # of whole numbers
+    ordered = np.sort(np.asarray(others, dtype=float))
+    low, high = (np.searchsorted(ordered, members, side) for side in ("left", "right"))
+    return float((2 * len(ordered) - low - high).sum() / (2 * len(low) * len(ordered)))  # of whole numbers
 
 
 def auc_interval(members: Sequence[float], others: Sequence[float], name: str) -> list[float]:
@@ -123,8 +123,8 @@ def true_positives(members: Sequence[float], others: Sequence[float], percent: i
     lie above it, so that equal scores are never told apart. With fewer than 100 / percent non-members none of them may
     lie below.
     """
-    others = np.sort(np.asarray(others, dtype=float))
-    return float((np.asarray(members, dtype=float) < others[len(others) * percent // 100]).mean())
+    ordered = np.sort(np.asarray(others, dtype=float))
+    return float((np.asarray(members, dtype=float) < ordered[len(ordered) * percent // 100]).mean())
 
 
 def privleak(auc: float, retain: float) -> float:
