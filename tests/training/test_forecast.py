@@ -87,7 +87,8 @@ def test_four_bits_and_adapters(large):
 def test_embeddings_have_states_in_32_bits(tmp_path, model_folder):
     """Under bitsandbytes' 8-bit AdamW: counted in the states that it makes for a real model."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    args = transformers.TrainingArguments(output_dir=str(tmp_path), optim="adamw_bnb_8bit", use_cpu=True, report_to="none")
+    how = {"optim": "adamw_bnb_8bit", "use_cpu": True, "report_to": "none"}
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), **how)
     trainer = Trainer(model=model, args=args)
     optimizer = trainer.create_optimizer()
     for parameter in model.parameters():
