@@ -8,7 +8,6 @@ Two models: 1B's shape with 128,256 words and random weights, in bf16 (it never 
 tiny-llama (it stops). Texts that differ from transformers' are counted: in bf16 near ties fall either way.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,6 @@ from eval_speed import GOLDEN, MAX_LENGTH, our_generation, our_scoring, prepared
 from figures import CUDA, DEVICE, VOCABULARY, Figures, begin, cudnn, in_processes, parser_of, peak_gb, start_peak, timed
 from train_speed import make_model
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as library_logging
 
 from tofu.evaluation import inference, sets
 from tofu.models import folders, loading
@@ -121,9 +119,6 @@ PARTS = {"ours": ours, "cudnn": with_cudnn}
 def main() -> None:
     """Measure what is asked for."""
     args = parser_of(__doc__, PARTS).parse_args()
-    logging.disable(logging.WARNING)
-    library_logging.set_verbosity_error()
-    library_logging.disable_progress_bar()
     how = f"prompt and answer of {MAX_LENGTH} tokens at most, {ROWS[args.toy]} rows a set, {FEW[args.toy]} of cuDNN's"
     in_processes(PARTS, begin(4, how, args), args)
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from protocol import REPO, ended, reason
 from results import heading
+from transformers.utils import logging as library_logging
 
 import utils
 
@@ -165,6 +167,9 @@ def begin(call: int, how: str, args: argparse.Namespace) -> Figures:
 def in_processes(parts: dict[str, Callable[[Figures, bool], None]], figures: Figures, args: argparse.Namespace) -> None:
     """Measure each part in a process of its own: what ends or patches one leaves the others as they are."""
     if args.part:
+        logging.disable(logging.WARNING)
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
         return parts[args.part](figures, args.toy)
     for name in args.only:
         toy = ["--toy"] if args.toy else []

@@ -12,7 +12,6 @@ that the real tokens need (`train_speed.work`) per second, of a H100's or H200's
 
 import collections
 import contextlib
-import logging
 import os
 import statistics
 import tempfile
@@ -28,7 +27,6 @@ from omegaconf import DictConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_speed import FAMILY, GOLDEN, SHARED, WARM, Clock, Plain, make_model, work
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainerCallback
-from transformers.utils import logging as library_logging
 
 import data_module
 import dataloader
@@ -292,9 +290,6 @@ PARTS = {"steps": steps, "liger": liger, "optimisers": optimisers, "shapes": new
 def main() -> None:
     """Measure what is asked for."""
     args = parser_of(__doc__, PARTS).parse_args()
-    logging.disable(logging.WARNING)
-    library_logging.set_verbosity_error()
-    library_logging.disable_progress_bar()
     how = f"model {'toy' if args.toy else '1b with 128,256 words'}, {FEW if args.toy else STEPS} steps a setting"
     in_processes(PARTS, begin(1, how, args), args)
 

@@ -103,7 +103,8 @@ class Measures:
     def kept(self, folder: Path, task: str) -> Columns:
         """A set's columns as an earlier evaluation kept them; `why_not_complete` has found nothing."""
         wanted = [column.name for column in self.columns(task)]
-        return {name: _read(folder)[task]["rows"][name] for name in wanted}
+        rows = _read(folder)[task]["rows"] if wanted else {}
+        return {name: rows[name] for name in wanted}
 
     def collapsed(self, log: Mapping[str, Any], statistics: Statistics, columns: Columns) -> list[str]:
         """The signs of a collapse, as far as the log and the columns tell (`collapse.signs`)."""

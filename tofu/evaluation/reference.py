@@ -1,14 +1,12 @@
 """The reference model of an attack: what it makes of the same answers, scored once and kept."""
 
 import functools
-import gc
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 import utils
@@ -17,7 +15,7 @@ from tofu.evaluation import inference, row_logs
 from tofu.evaluation.sets import Task, reach
 from tofu.models import families, folders, loadable, loading
 from tofu.models.engines import Engine
-from tofu.runtime import provenance, ranks, run_folder
+from tofu.runtime import cards, provenance, ranks, run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -86,7 +84,8 @@ class Reference:
         Call it on all ranks, before the model to evaluate is loaded.
         """
         made_from = ranks.from_rank_0(self.made_from(tasks, engine) if ranks.rank() == 0 else {})
-        known = ranks.from_rank_0(_read(folder, made_from) if ranks.rank() == 0 else None)
+        kept = provenance.kept(folder / FILE, made_from) if ranks.rank() == 0 else None
+        known = ranks.from_rank_0(kept and kept["losses"])
         self.losses = self._scored(tasks, engine) if known is None else known
         if known is None and ranks.rank() == 0:
             run_folder.note(folder, FILE)
@@ -99,10 +98,8 @@ class Reference:
             with inference.ready(model, reach(task), engine.sharded) as masks:
                 scores = row_logs.score_rows(model, answers_alone(task), engine.sharded, masks)
             found[task.data.task] = [float(row["gt", 0].nll.sum()) / len(row["gt", 0].nll) for row in scores]
-        del model
-        gc.collect()  # hooks and wrappers of it are cycles: it must be gone before the model to evaluate is loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        del model  # it must be gone before the model to evaluate is loaded
+        cards.collect()
         return found
 
 
@@ -121,14 +118,3 @@ def answers_alone(task: Task) -> Task:
 def _scored(task: Task) -> list[tuple[list[int], int]]:
     """Of each row the tokens of question and true answer, and how many of them, the last ones, are scored."""
     return [(list(texts[0]), len(tree.paths[0])) for texts, tree in zip(task.likely, task.trees, strict=True)]
-
-
-def _read(folder: Path, made_from: Mapping[str, Any]) -> dict[str, list[float]] | None:
-    """The losses that an earlier evaluation left, if they are a function of the same."""
-    path = folder / FILE
-    if not path.is_file():
-        return None
-    known = json.loads(path.read_text(encoding="utf-8"))
-    differing = provenance.differing(known["made_from"], made_from)
-    log.info("%s: %s", path, f"made again, with another {', '.join(differing)}" if differing else "used again")
-    return None if differing else known["losses"]

@@ -1,6 +1,5 @@
 """What a run compares with: the reference model beside it, or its log-probabilities, computed once and kept."""
 
-import gc
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -74,13 +73,8 @@ def logps_fingerprint(samples: Sequence[Sample], model: str, engine: Engine, **s
 
 def read_logps(folder: Path, samples: Sequence[Sample], made_from: Mapping[str, Any]) -> dict[Sample, float] | None:
     """What an earlier run left in this folder, if it is a function of the same; every rank gets rank 0's answer."""
-    found, path = None, folder / run_folder.REFERENCE
-    if ranks.rank() == 0 and path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        differing = provenance.differing(known["made_from"], made_from)
-        found = None if differing else known["logps"]
-        log.info("%s: %s", path, f"made again, with another {', '.join(differing)}" if differing else "used again")
-    found = ranks.from_rank_0(found)
+    known = provenance.kept(folder / run_folder.REFERENCE, made_from) if ranks.rank() == 0 else None
+    found = ranks.from_rank_0(known and known["logps"])
     return None if found is None else dict(zip(samples, found, strict=True))
 
 
@@ -111,10 +105,8 @@ def starting_logps(
         model = load()
         logps = reference_logps(model, samples, batch_size, sharded)
         write_logps(out, samples, logps, made_from)
-        del model
-        gc.collect()  # hooks and wrappers of it are cycles: it must be gone before the model to train is loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        del model  # it must be gone before the model to train is loaded
+        cards.collect()
     return logps
 
 

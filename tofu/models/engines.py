@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
 
 import utils
 from tofu.models import folders, sizes
@@ -68,9 +67,7 @@ def engine_of_evaluation(name: str, ds_config: str, precision: str, path: str) -
         path: of the model, as `folders.resolve` gave it.
     """
     if name == "auto" and torch.cuda.is_available() and ranks.world_size() > 1:
-        whole = folders.base_of(path) if folders.is_adapter(path) else path
-        with folders.told("architecture", whole):
-            model = sizes.shell(AutoConfig.from_pretrained(whole, trust_remote_code=False))
+        model = sizes.shell(folders.config_of(path))
         alone = engine_of("ddp", ds_config, precision)
         card = torch.cuda.get_device_properties(0).total_memory
         if holds_a_copy(sum(one.numel() for one in model.parameters()), alone.bf16, card):

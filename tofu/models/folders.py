@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
 import utils
@@ -118,6 +118,17 @@ def told(what: str, path: str) -> Iterator[None]:
         raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why[:300]}): {todo}") from None
 
 
+def config_of(path: str) -> PretrainedConfig:
+    """The config of a model, of an adapter that of its base.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    whole = base_of(path) if is_adapter(path) else path
+    with told("architecture", whole):
+        return AutoConfig.from_pretrained(whole, trust_remote_code=False)
+
+
 def load_asked(path: str, name: str, key: str) -> tuple[PreTrainedTokenizerBase, families.Family, dict[str, str]]:
     """The tokenizer of a model, how a family asks it, and the record that says so.
 
@@ -152,9 +163,7 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         BadInput: more tokens than embeddings, or an end token beyond them.
     """
-    whole = base_of(path) if is_adapter(path) else path
-    with told("architecture", whole):
-        rows = AutoConfig.from_pretrained(whole, trust_remote_code=False).get_text_config().vocab_size
+    rows = config_of(path).get_text_config().vocab_size
     end, size = tokenizer.eos_token_id, tokenizer.vocab_size
     if end >= rows:
         raise BadInput(

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
 import utils
 from tofu.models import architectures, varlen
 from tofu.models.engines import Engine
-from tofu.models.folders import base_of, is_adapter, told
+from tofu.models.folders import base_of, config_of, is_adapter, told
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,7 @@ def attention_of(path: str, engine: Engine, family: Any, wanted: str, *, packing
         return wanted
     if wanted == "auto" and family.flash_attention2:
         return "flash_attention_2"
-    whole = base_of(path) if is_adapter(path) else path
-    with told("architecture", whole):
-        config = AutoConfig.from_pretrained(whole, trust_remote_code=False)
+    config = config_of(path)
     why = varlen.why_not(config, bf16=engine.bf16, packing=packing, compiled=compiled)
     if why and wanted == varlen.NAME:
         raise BadInput(f"attention={wanted}: {why}: take attention=auto")
@@ -89,15 +87,19 @@ def check_loadable(
             f"{path} holds only an adapter, which no engine that shards can load: take engine=ddp, or merge it first "
             "(our runs save merged models)"
         )
-    whole = base_of(path) if adapter else path
-    with told("architecture", whole):
-        config = AutoConfig.from_pretrained(whole, trust_remote_code=False)
+    config = config_of(path)
     _check_architecture(config, attention, packing, liger_kernel, states)
-    _check_plain(whole, config)
+    _check_plain(base_of(path) if adapter else path, config)
     if weights:
-        shell = _check_weights(whole)
-        if adapter:
-            _check_adapter(shell, path)
+        check_weights(path)
+
+
+def check_weights(path: str) -> None:
+    """The part of `check_loadable` that looks at the weights in `path`; a hub model's are fetched now."""
+    adapter = is_adapter(path)
+    shell = _check_weights(base_of(path) if adapter else path)
+    if adapter:
+        _check_adapter(shell, path)
 
 
 def _check_plain(path: str, config: PretrainedConfig) -> None:

@@ -21,6 +21,20 @@ def settle() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def collect() -> None:
+    """Give back what is no longer used, so that the next model finds its room.
+
+    A model, its hooks and its wrappers are cycles, and the allocator keeps what they leave.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def round_to(device: torch.device) -> int:
     """What widths are rounded up to on a device: ROUND_TO on a card, 1 elsewhere."""
     return ROUND_TO if device.type == "cuda" else 1

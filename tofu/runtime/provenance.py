@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import utils
 from tofu.runtime import ranks
+
+log = logging.getLogger(__name__)
 
 CONFIG, VERSIONS, FINISHED = "config.yaml", "versions.json", "finished.json"
 RECORDED = (
@@ -188,3 +191,13 @@ def _git(*args: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def kept(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run kept in a JSON file, `made_from` in it, if it is a function of the same; it is logged."""
+    if not path.is_file():
+        return None
+    known = json.loads(path.read_text(encoding="utf-8"))
+    other = differing(known["made_from"], made_from)
+    log.info("%s: %s", path, f"made again, with another {', '.join(other)}" if other else "used again")
+    return None if other else known

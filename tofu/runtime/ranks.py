@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from tofu.runtime import cards
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -84,19 +86,14 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def release() -> None:
     """End a job: wait for all ranks, forget what the libraries keep of it; nothing of it is alive in the next one."""
-    import gc
-
     import accelerate
-    import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     state().wait_for_everyone()
     accelerate.state.GradientState._reset_state()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
-    gc.collect()  # the Trainer, its callbacks and the model's hooks are cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    cards.collect()
 
 
 class Together:

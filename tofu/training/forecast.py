@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 import dataloader
@@ -63,7 +63,7 @@ def of_run(
     card = torch.cuda.get_device_properties(0).total_memory if cuda else None
     asked = FUSED if cfg.optim == "auto" else cfg.optim
     try:
-        config = AutoConfig.from_pretrained(folders.base_of(path) if folders.is_adapter(path) else path)
+        config = folders.config_of(path)
         model = sizes.shell(config, attention)
         counted = sizes.sizes_of(model)
         row = dataloader.row_of(model.config) if cfg.packing else None

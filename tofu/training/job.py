@@ -102,7 +102,7 @@ class Job:
             log.info(forecast.line(self.forecast))
             forecast.refuse(self.forecast)
         if not cfg.dry_run:  # a hub model's weights are fetched now
-            loadable.check_loadable(self.path, self.engine, self.attention)
+            loadable.check_weights(self.path)
         self.args = optimisation.arguments(
             cfg.save_dir,
             samples=len(self.data),

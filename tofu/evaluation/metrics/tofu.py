@@ -11,8 +11,7 @@ import numpy as np
 
 from tofu.evaluation.logs import FORGET, RIGHT, TASKS, WRONG, columns, compared, missing_sets, same_rows, uncompared
 from tofu.evaluation.metrics.declared import Metric, Statistics
-
-RESAMPLES, LEVEL = 1000, 0.95  # of the bootstrap
+from tofu.evaluation.metrics.rows import RESAMPLES, interval
 
 
 class ForgetQuality(NamedTuple):
@@ -253,8 +252,7 @@ def intervals(
     if all(name in drawn for name in UTILITY.needs):
         nine = np.transpose([drawn[name] for name in UTILITY.needs])
         drawn[UTILITY.name] = np.array([UTILITY.function(values) for values in nine])
-    tail = (1 - LEVEL) / 2
-    return {name: np.quantile(values, [tail, 1 - tail]).tolist() for name, values in drawn.items()}
+    return {name: interval(values) for name, values in drawn.items()}
 
 
 def _ks_p(first: np.ndarray, second: np.ndarray) -> float:
