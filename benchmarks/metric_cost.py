@@ -36,6 +36,7 @@ from tofu.evaluation.metrics import privacy, table
 from tofu.models import batches, families, folders, loading
 
 CHEAP = "metrics=[memorisation,privacy,fluency]"
+END = folders.load_tokenizer(str(GOLDEN), None).eos_token_id
 OPTIONS = {  # what costs a pass of its own, each with the cheap ones
     "verbatim completion": ("metrics=[memorisation,privacy,fluency,verbatim_completion]",),
     "reference model": (CHEAP, f"reference_model={GOLDEN}"),
@@ -143,15 +144,19 @@ def mean_loss(logp: torch.Tensor, labels: torch.Tensor) -> float:
     return float(nll(logp, labels).mean())
 
 
+def content(labels: torch.Tensor) -> int:
+    """An answer's tokens without its end token, which one that was cut has not."""
+    return len(labels) - int(labels[-1] == END)
+
+
 def right(logp: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
-    """(n - 1,) whether each token but the end token is the likeliest one."""
-    return (logp.argmax(-1) == labels)[:-1].numpy()
+    """(n,) whether each token but the end token is the likeliest one."""
+    return (logp.argmax(-1) == labels)[: content(labels)].numpy()
 
 
 def strength(logp: torch.Tensor, labels: torch.Tensor) -> float:
     """Extraction strength."""
-    wrong = np.flatnonzero(~right(logp, labels))
-    n = len(labels) - 1
+    wrong, n = np.flatnonzero(~right(logp, labels)), content(labels)
     return (n - (wrong[-1] + 1 if len(wrong) else 0)) / n
 
 
@@ -159,9 +164,9 @@ def least(k: float, standardised: bool) -> Callable[[torch.Tensor, torch.Tensor]
     """Min-k, and min-k++ of standardised log-probabilities."""
 
     def score(logp: torch.Tensor, labels: torch.Tensor) -> float:
-        values = -nll(logp, labels)[:-1].numpy()
+        values, logp = -nll(logp, labels)[: content(labels)].numpy(), logp[: content(labels)]
         if standardised:
-            logp = logp[:-1].double()
+            logp = logp.double()
             mean = (logp.exp() * logp).sum(-1)
             deviation = ((logp.exp() * logp**2).sum(-1) - mean**2).clamp(min=0).sqrt()
             values = privacy.standardised(-values, mean.numpy(), deviation.numpy())

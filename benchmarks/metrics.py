@@ -75,16 +75,14 @@ def evaluate(work: Path, models: dict[str, Path]) -> dict[str, dict]:
     oracle, start = work / ORACLE / "eval_for_retain_result", place["finetuned"]
     every = ("split=forget10", "metrics=all")
     retain = f"retain_result={oracle}/eval_log_aggregated.json"
-    wanted = [("oracle", oracle, ()), *((name, place[name], (retain,)) for name in models)]
+    compared = (retain, f"start_result={start}")
+    wanted = [("oracle", oracle, ()), ("finetuned", start, (retain,))]
+    wanted += [(name, place[name], compared) for name in models if name != "finetuned"]
     for name, folder, more in wanted:
         if (folder / provenance.FINISHED).is_file():
             continue
         other = work / (ORACLE if name == "oracle, other seed" else SECOND)
-        more = (
-            *more,
-            f"reference_model={other}",
-            *((f"start_result={start}",) if name not in ("oracle", "finetuned") else ()),
-        )
+        more = (*more, f"reference_model={other}")
         script("evaluate_util.py", *every, f"model_path={models[name]}", f"save_dir={folder}", *more)
     return {name: json.loads((folder / measures.METRICS).read_text()) for name, folder in place.items()}
 

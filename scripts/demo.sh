@@ -6,9 +6,10 @@ export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/tiny} DATA=data/mini
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 losses="grad_ascent grad_diff KL"
 settings="lr=7e-4 num_epochs=10 logging_steps=50"  # a million weights need larger steps than a billion
+metrics="metrics=[extraction_strength,agg]"
 
 $PYTHON scripts/make_tiny.py
-FINETUNE=$settings FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
+FINETUNE=$settings EVALUATE=$metrics FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
     scripts/tofu.sh tiny forget10 "$losses"
 if [ ! -f "$RUNS/retain90_seed43/finished.json" ]; then
     # shellcheck disable=SC2086
@@ -17,7 +18,8 @@ if [ ! -f "$RUNS/retain90_seed43/finished.json" ]; then
 fi
 for model in retain90 retain90_seed43; do  # a model's own log is there only once it has been evaluated
     compared=("$RUNS/$model/eval_compared" model_family=tiny data_path="$DATA" model_path="$RUNS/$model" split=forget10)
-    compared+=(retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json")
+    compared+=(retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json" "$metrics")
+    compared+=(start_result="$RUNS/full/eval_forget10")
     if [ "$($PYTHON scripts/complete.py "${compared[@]}")" != complete ]; then
         $PYTHON evaluate_util.py "${compared[@]:1}" save_dir="${compared[0]}"
     fi
