@@ -33,6 +33,10 @@ def main(cfg: DictConfig) -> None:
     retain = log_formats.read(cfg.retain_result, "retain_result")
     unlearned = log_formats.read(cfg.ckpt_result, "ckpt_result")
     measured = log_formats.metrics_beside(cfg.ckpt_result, "ckpt_result") or {}
+    of_retain = log_formats.metrics_beside(cfg.retain_result, "retain_result") or {}
+    areas = [known.get(privacy.LEAKS, {}).get("value") for known in (measured, of_retain)]
+    if None not in areas:  # a file may have it against another retain model, or against none
+        measured = {**measured, "PrivLeak": {"value": privacy.privleak(*areas)}}
     if out.exists() and any(out.samefile(utils.find(path)) for path in (cfg.retain_result, cfg.ckpt_result)):
         raise utils.BadInput(f"save_file={out} is one of the two logs: name another file")
     try:

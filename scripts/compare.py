@@ -22,13 +22,20 @@ FILE = "metrics.json"
 
 
 def metrics_of(path: str) -> dict[str, Any]:
-    """The metrics of an evaluation, its folder or its metrics.json.
+    """The metrics of an evaluation: its folder, its metrics.json, or OpenUnlearning's TOFU_EVAL.json.
 
     Raises:
         BadInput: no such file, or another one.
     """
     place = Path(utils.find(path))
-    found = utils.read_json(place / FILE if place.is_dir() else place, "results")
+    if place.is_dir():
+        theirs = place / "TOFU_EVAL.json"
+        place = theirs if theirs.is_file() and not (place / FILE).is_file() else place / FILE
+    found = utils.read_json(place, "results")
+    if isinstance(found, dict) and any(isinstance(one, dict) and "agg_value" in one for one in found.values()):
+        from tofu.evaluation import log_formats
+
+        found = log_formats.metrics_of(found)
     if not isinstance(found, dict) or not all(isinstance(one, dict) and "value" in one for one in found.values()):
         raise utils.BadInput(f"results: {path} is no {FILE}: name the folder of an evaluation, or the {FILE} in it")
     return found

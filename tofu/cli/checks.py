@@ -353,8 +353,11 @@ def _check_metrics(cfg: DictConfig, prefix: str) -> None:
 
     if not isinstance(cfg.metrics, ListConfig):
         cfg.metrics = [cfg.metrics]
-    for name in cfg.metrics:
-        choice(f"{prefix}metrics", name, table.NAMES)
+    for i, name in enumerate(cfg.metrics):
+        meant = table.spelt(str(name))
+        meant = table.ALIASES.get(meant, meant)
+        choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES)
+        cfg.metrics[i] = meant
     if cfg.compat is not None:
         choice(f"{prefix}compat", cfg.compat, COMPATS)
     choice(f"{prefix}fluency.by", cfg.fluency.by, fluency.BY)

@@ -46,7 +46,7 @@ def load(cfg: DictConfig, sets: Sequence[EvalSet], taught: Taught) -> Holdout:
         taught: what the model was trained on.
 
     Raises:
-        BadInput: an explicit split that is not there, or without these columns.
+        BadInput: an explicit split that is not there, or without these columns; or one with the members' questions.
     """
     members = next((data for data in sets if data.task == logs.FORGET), None)
     if members is None:
@@ -65,6 +65,12 @@ def load(cfg: DictConfig, sets: Sequence[EvalSet], taught: Taught) -> Holdout:
         if asked != AUTO:
             raise
         return Holdout(None, f"no non-members: {error}", {})
+    both = {row[columns[0]] for row in rows} & {row[columns[0]] for row in members.rows}
+    if both:
+        raise BadInput(
+            f"holdout.split={split}: {len(both)} of its {len(rows)} questions are the forget set's, whose rows are the "
+            "members: name a split that the model was not trained on"
+        )
     seen = sum(trained_on.digest(row[columns[0]]) in taught.questions for row in rows)
     about = {"holdout": split, "rows": _digest(members, rows)}
     if seen:

@@ -36,13 +36,20 @@ def read(path: str, key: str) -> Mapping[str, Any]:
     Raises:
         BadInput: no such file, not whole JSON, or no evaluation log; `key` is the config key to name.
     """
-    raw = utils.read_json(path, key)
+    raw = utils.read_json(log_in(path), key)
     try:
         return as_aggregated(raw)
     except ValueError as error:
         raise BadInput(f"{key}={path}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{key}={path} is not whole: a row without {error}; make it again") from None
+
+
+def log_in(path: str) -> str:
+    """The log in an evaluation's folder, whichever suite's; any other path as it is."""
+    place = Path(utils.find(path))
+    found = (place / name for name in (logs.AGGREGATED, EVAL)) if place.is_dir() else ()
+    return next((str(file) for file in found if file.is_file()), path)
 
 
 def as_aggregated(raw: Any) -> Mapping[str, Any]:
@@ -130,7 +137,7 @@ def metrics_beside(path: str | None, key: str) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    log_file = Path(utils.find(path))
+    log_file = Path(utils.find(log_in(path)))
     found: dict[str, Any] = {}
     for file in dict.fromkeys((log_file, log_file.with_name(EVAL), log_file.with_name(METRICS))):
         raw = utils.read_json(file, key) if file.is_file() else None

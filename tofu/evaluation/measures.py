@@ -25,7 +25,7 @@ from tofu.runtime.trained_on import Taught
 logger = logging.getLogger(__name__)
 
 METRICS, ROWS = log_formats.METRICS, "metric_rows.json"
-VERSION = 1  # part of what the rows are made from: raise it whenever a change of the code moves a metric
+VERSION = 2  # part of what the rows are made from: raise it whenever a change of the code moves a metric
 Columns = Mapping[str, Sequence[float | None]]
 
 
@@ -140,9 +140,12 @@ class Measures:
         run_folder.note(folder, METRICS)
         utils.write_json(folder / METRICS, table.record(self.metrics, found))
         more = {metric.name: found[metric.name] for metric in self.metrics if metric.group != "tofu"}
+        lacking: dict[str | None, list[str]] = {}
         for name, one in more.items():
             if one.value is None:
-                logger.info("no %s: %s", name, one.reason)
+                lacking.setdefault(one.reason, []).append(name)
+        for reason, names in lacking.items():
+            logger.info("no %s: %s", ", ".join(names), reason)
         values = {name: one.value for name, one in more.items() if one.value is not None}
         if values:
             logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
@@ -218,6 +221,9 @@ def of_config(
     retain = log_formats.metrics_beside(cfg["retain_result"], "retain_result")
     known: dict[str, Any] = {"compat": cfg["compat"], "retain": retain, "settings": cfg}
     known["reasons"] = {} if cfg["fluency"]["model"] else {fluency.LOSS.name: "it needs fluency.model"}
+    if not cfg["reference_model"]:
+        compares = [column for column in privacy.COLUMNS if column.extra == "reference"]
+        known["reasons"] |= {column.name: "it needs reference_model" for column in compares}
     columns = [column for column in table.columns(metrics) if column.of == privacy.HOLDOUT]
     if columns:
         data, why_not, about = holdout.load(cfg, sets, taught)

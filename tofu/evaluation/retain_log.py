@@ -37,7 +37,7 @@ def load_retain_log(
         _tell_how(cfg)
         return None
     retain = log_formats.read(cfg.retain_result, "retain_result")
-    made = families.recorded_beside(cfg.retain_result)
+    made = families.recorded_beside(log_formats.log_in(cfg.retain_result))
     if made is not None and (differ := families.differing(made, record)):
         raise BadInput(
             f"retain_result={cfg.retain_result} was made with model_family={made['model_family']}, with another "
@@ -110,11 +110,14 @@ def _tell_how(cfg: DictConfig) -> None:
     retain = utils.complement(cfg.split) or "the retain split"
     made, data = f"runs/{cfg.model_family}/{retain}", cfg.data_path[-1]
     size = "null" if cfg.ds_size is None else cfg.ds_size
+    more = (
+        "" if list(cfg.metrics) == ["tofu"] else f" metrics=[{','.join(cfg.metrics)}] holdout.split={cfg.holdout.split}"
+    )
     log.info(
         "no forget quality: retain_result is missing, the log of a model finetuned on %s alone with the same settings. "
         "Two commands make it: (1) python finetune.py model_family=%s data_path=%s split=%s save_dir=%s %s "
         "(2) python evaluate_util.py model_family=%s data_path=%s model_path=%s split=%s ds_size=%s "
-        "generation.max_length=%s save_dir=%s/eval_%s; then retain_result=%s/eval_%s/%s",
+        "generation.max_length=%s%s save_dir=%s/eval_%s; then retain_result=%s/eval_%s/%s",
         *(
             retain,
             cfg.model_family,
@@ -123,6 +126,6 @@ def _tell_how(cfg: DictConfig) -> None:
             made,
             provenance.recipe(cfg.model_path) or "(lr=... as the finetuned model)",
         ),
-        *(cfg.model_family, data, made, cfg.split, size, cfg.generation.max_length, made, cfg.split),
+        *(cfg.model_family, data, made, cfg.split, size, cfg.generation.max_length, more, made, cfg.split),
         *(made, cfg.split, logs.AGGREGATED),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 A, B = "A", "B"
+SAME = 1e-9  # values that differ by less are equal: another order of the sums moves so much
 Metrics = Mapping[str, Mapping[str, Any]]  # name -> value, n, interval, direction, as metrics.json holds them
 
 
@@ -45,7 +46,7 @@ def better(direction: str, a: float, b: float) -> str:
     if direction not in signs:
         return ""
     first, second = signs[direction]
-    return "=" if first == second else A if first > second else B
+    return "=" if abs(first - second) < SAME else A if first > second else B
 
 
 def to_text(found: Sequence[Pair], names: Sequence[str]) -> str:
@@ -69,6 +70,8 @@ def to_text(found: Sequence[Pair], names: Sequence[str]) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    if any(one.interval_a and one.interval_b and one.better in (A, B) and _overlap(one) for one in found):
+        lines.append("Where the intervals overlap, which one is better may be chance.")
     for label, reasons in ((A, [one.reason_a for one in found]), (B, [one.reason_b for one in found])):
         lines += [f"{label} has no {one.metric}: {why}" for one, why in zip(found, reasons, strict=True) if why]
     return "\n".join(lines) + "\n"
@@ -85,6 +88,11 @@ def to_csv(found: Sequence[Pair]) -> str:
         bounds = (*(one.interval_a or (None, None)), *(one.interval_b or (None, None)))
         writer.writerow([*one[:6], *bounds, one.n_a, one.n_b])
     return text.getvalue()
+
+
+def _overlap(one: Pair) -> bool:
+    (low, high), (least, most) = one.interval_a, one.interval_b
+    return low <= most and least <= high
 
 
 def _number(value: float | None) -> str:

@@ -33,6 +33,15 @@ def test_nothing_but_signs_is_empty():
     assert fluency.fluent("!!!!!!") == 0
 
 
+def test_a_loop_inside_one_word_is_a_repetition():
+    """And one in a script without spaces; a long name, or a long sentence without spaces, is none."""
+    for text in ("erpet" * 12, "\u5b66\u4e60\u4e0e\u9057\u5fd8" * 12, "so: " + "x" * 40):
+        assert fluency.repeated(text) > 0.1, text
+    alphabet = "".join(chr(0x4E00 + i) for i in range(60))
+    for text in ("Donaudampfschifffahrtsgesellschaft", alphabet, "\u0e01" + alphabet[::-1]):
+        assert fluency.repeated(text) == 0, text
+
+
 @pytest.mark.parametrize(
     ("tokens", "entropy"),
     [

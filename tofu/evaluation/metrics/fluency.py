@@ -16,6 +16,7 @@ from tofu.evaluation.metrics.declared import Column, Metric, Value
 from tofu.evaluation.metrics.rows import Context, Row, mean_of, resampled
 
 N = 4  # words of the n-grams that count as repeated
+LONG, PIECE = 32, 4  # letters: a longer word is read in pieces, for a loop inside it, or a script without spaces
 REFUSALS = "data/idontknow.jsonl"  # what idk and dpo teach
 NGRAMS, CLASSIFIER = "ngrams", "classifier"  # what fluency may be judged by
 BY = (NGRAMS, CLASSIFIER)
@@ -33,6 +34,14 @@ REFUSAL = re.compile(  # of a text in lower case
 _words = functools.lru_cache(maxsize=8192)(words.tokens)  # several metrics ask for those of one text
 
 
+def pieces(text: str) -> list[str]:
+    """A text's words, those of more than LONG letters cut into pieces of PIECE letters."""
+    found = []
+    for word in _words(text):
+        found += [word[i : i + PIECE] for i in range(0, len(word), PIECE)] if len(word) > LONG else [word]
+    return found
+
+
 def repetition(found: Sequence[Hashable], n: int = N) -> float:
     """The share of n-grams that are there a second time: 1 - different ones / all; 0 where there is none.
 
@@ -43,8 +52,8 @@ def repetition(found: Sequence[Hashable], n: int = N) -> float:
 
 
 def repeated(text: str) -> float:
-    """`repetition` of a text's words, in [0, 1)."""
-    return repetition(_words(text))
+    """`repetition` of a text's `pieces`, in [0, 1)."""
+    return repetition(pieces(text))
 
 
 def is_empty(text: str) -> bool:
@@ -114,8 +123,11 @@ def _of(label: str, function, direction: str, source: str = OURS, name: str = ""
 
 
 METRICS = (
-    _of("Fluency", lambda row: fluent(row.text), "max", name=f"Fluency ({NGRAMS})"),
-    _of("Fluency", _clean, "max", "OpenUnlearning, arXiv 2506.12618", extra=CLASSIFIER)._replace(unit="probability"),
+    _of(f"Fluency ({NGRAMS})", lambda row: fluent(row.text), "max"),
+    _of(
+        *(f"Fluency ({CLASSIFIER})", _clean, "max", "OpenUnlearning, arXiv 2506.12618"),
+        **{"name": "Fluency", "extra": CLASSIFIER},
+    )._replace(unit="probability"),
     _of("Repeated 4-grams", lambda row: repeated(row.text), "min", "Welleck et al. 2020, arXiv 1908.04319"),
     _of("Repeating", lambda row: float(repeated(row.text) > 0), "min"),
     _of("Empty", lambda row: float(is_empty(row.text)), "min"),

@@ -20,9 +20,18 @@ GROUPS = (*dict.fromkeys(metric.group for metric in METRICS), "all")
 
 def choice_of(metric: Metric) -> str:
     """What `metrics` in a config calls it, on all its sets: extraction_strength, rouge_l_f1."""
-    return re.sub(r"[^a-z0-9]+", "_", (metric.label or metric.name).lower().replace("+", " plus ")).strip("_")
+    return spelt(metric.label or metric.name)
 
 
+def spelt(name: str) -> str:
+    """A metric's name in small letters, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("+", " plus ")).strip("_")
+
+
+ALIASES = {  # OpenUnlearning's names, in small letters -> ours
+    **{"exact_memorization": "exact_memorisation", "mia_min_k": "mia_min_k_0_4", "mia_gradnorm": "mia_gradient_norm"},
+    "mia_min_k_plus_plus": "mia_min_k_plus_plus_0_4",
+}
 NAMES = (*GROUPS, *dict.fromkeys(choice_of(metric) for metric in METRICS))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tofu.evaluation.logs import FORGET, RIGHT, TASKS, WRONG, columns, compared, missing_sets, same_rows, uncompared
 from tofu.evaluation.metrics.declared import Metric, Statistics
-from tofu.evaluation.metrics.rows import RESAMPLES, interval
+from tofu.evaluation.metrics.rows import RESAMPLES, interval, stream
 
 
 class ForgetQuality(NamedTuple):
@@ -245,12 +245,12 @@ def resampled(
         seed: of the draws; the same seed gives the same intervals.
     """
     drawn: dict[str, np.ndarray] = {}  # score -> (resamples,)
-    for number, (name, task) in enumerate(TASKS.items()):
+    for name, task in TASKS.items():
         if f"{task}.json" not in log:
             continue
         scores = row_scores(log, name, truth_ratio)
         n = len(scores["ROUGE"])
-        picks = np.random.default_rng([seed, number]).integers(n, size=(resamples, n))
+        picks = np.random.default_rng([seed, stream(name)]).integers(n, size=(resamples, n))
         drawn |= {f"{score} {name}": values[picks].mean(1) for score, values in scores.items()}
         if name == "Forget" and retain is not None and compared(log, FORGET):
             ours, theirs = _both_log_ratios(log, retain, truth_ratio)
