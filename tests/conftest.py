@@ -34,12 +34,16 @@ def own_process():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 2 layers and width 32 with random weights and a tokenizer of 300 words, as a family's folder."""
+    """A random Llama, as a family's folder."""
+    return random_llama(tmp_path_factory.mktemp("random-llama"))
+
+
+def random_llama(folder: Path) -> Path:
+    """Write a Llama of 2 layers and width 32 with random weights and a tokenizer of 300 words; its folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("random-llama")
     rows = [json.loads(line) for line in (MINI / "full.json").read_text().splitlines()]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,8 +15,8 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import run_folder, trained_on
-from tofu.training import forecast, optimisation
+from tofu.runtime import ranks, resumption, run_folder, trained_on
+from tofu.training import checkpoints, forecast, optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -151,8 +151,30 @@ class Job:
         )
         keep = (run_folder.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
         read = (self.path, *method.reads())
-        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
+        self.resume = resumption.Resume(str(cfg.resume).lower(), self._made_from(), checkpoints.kind(self.engine))
+        self.out = run_folder.start_run(
+            cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep, resume=self.resume
+        )
         return self.out
+
+    def _made_from(self) -> dict[str, Any]:
+        """What the weights follow from beside the keys; the first is what their batches come to."""
+        cut = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
+        return {
+            "batch_size x gradient_accumulation_steps x processes": cut * ranks.world_size(),
+            "optimiser": self.args.optim,
+            "starting model": folders.quick_identity(self.path),
+            "training data": checkpoints.data_digest(self.data),
+        }
+
+    def _plan(self) -> checkpoints.Plan:
+        """When checkpoints are written; the one that the run goes on from is rank 0's choice."""
+        cfg, resume = self.cfg, self.resume
+        start = ranks.from_rank_0(resume.checkpoint) if ranks.world_size() > 1 else resume.checkpoint
+        about = {**resume.made_from, "engine": resume.engine}
+        every = resumption.interval(cfg.checkpoint_every)
+        kept = {"evaluator": self.evaluator} if self.evaluator is not None else {}
+        return checkpoints.Plan(self.out, every, cfg.save_total_limit, self.engine, about, start, kept)
 
     def trainer(self) -> dataloader.TofuTrainer:
         """Compute what the method needs of the reference model, load the model to train, and put it into a Trainer."""
@@ -165,7 +187,8 @@ class Job:
             self.evaluator.compare(self.out, self.engine)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
-        trainer = dataloader.TofuTrainer(
+        trainer = checkpoints.Resumable(
+            plan=self._plan(),
             model=model,
             args=self.args,
             train_dataset=self.data,
