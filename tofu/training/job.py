@@ -15,7 +15,7 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import run_folder, trained_on
+from tofu.runtime import peers, run_folder, signals, trained_on
 from tofu.training import forecast, optimisation
 from utils import BadInput
 
@@ -152,6 +152,7 @@ class Job:
         keep = (run_folder.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
         read = (self.path, *method.reads())
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
+        peers.join()
         return self.out
 
     def trainer(self) -> dataloader.TofuTrainer:
@@ -177,6 +178,7 @@ class Job:
         )
         if self.evaluator is not None:
             trainer.add_callback(dataloader.EachEpoch(lambda step: self.evaluate(trainer.model, step)))
+        run_folder.going_on(self.out)
         return trainer
 
     def _load(self, weights: Any) -> PreTrainedModel:
@@ -200,7 +202,10 @@ class Job:
         Args:
             answers: what was generated beforehand (`Evaluator.generated`).
         """
-        return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded, answers=answers)
+        try:
+            return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded, answers=answers)
+        except signals.Interrupted as stop:
+            raise signals.Interrupted(self.out, f"evaluation at step {step}: {stop.saved}", step, stop.name) from None
 
     def evaluate_only(self) -> dict[str, Any]:
         """Evaluate the starting model as it is, into checkpoint-0.
@@ -214,6 +219,7 @@ class Job:
         loadable.check_loadable(self.path, self.engine)
         self.evaluates(self.taught)
         self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
+        peers.join()
         answers = self.evaluator.generated(self.path, self.engine.bf16)
         self.evaluator.compare(self.out, self.engine)
         scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0, answers)
@@ -226,6 +232,10 @@ class Job:
         Returns:
             The scores: of the training, of the method and, on rank 0, of the last evaluation.
         """
+        with signals.handled():  # the run is about to end: it ends whole
+            return self._finish(trainer, trained)
+
+    def _finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
         if self.cfg.get("save_model", True):
             change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
             saving.save(
