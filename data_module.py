@@ -303,6 +303,10 @@ class GlobalBatches(Sampler):
         self.n, self.batch_size, self.rank, self.world_size, self.epoch = n, batch_size, rank, world_size, 0
         self.accumulation, self.length = accumulation, length
 
+    def set_epoch(self, epoch: int) -> None:
+        """Deal the given epoch's (0-based) next: what skips a resumed epoch's first batches hides the loader's own."""
+        self.epoch = epoch
+
     def __len__(self) -> int:
         return -(-self.n // (self.batch_size * self.world_size))
 
@@ -323,4 +327,4 @@ class EpochLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass the given epoch's (0-based)."""
-        self.batch_sampler.epoch = epoch
+        self.batch_sampler.set_epoch(epoch)

@@ -5,7 +5,6 @@ reference. The file's name is TOFU's.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,6 @@ from tofu.models import architectures, batches, forward, saving
 from tofu.models.views import Scored, States
 from tofu.runtime import cards, ranks, run_folder, signals
 from utils import BadInput
-
-log = logging.getLogger(__name__)
-
 
 # logits that exist at once; where a micro-batch has more, its samples go through the output head in pieces, and each
 # piece's logits are made again for its backward: about 10 bytes each (bf16, float32, gradient), 1.3 GB in all
@@ -85,10 +81,10 @@ class TofuTrainer(Trainer):
         self._step: dict[str, Tensor] = {}  # since the last optimiser step
         self._gradients: dict[str, list[Tensor]] = {}
         self._norms: dict[str, float] = {}
-        self._last_logged = 0
+        self._last_logged, self.tokens = 0, 0.0
         self._micro_batches = 1  # of the optimiser step at hand
         self._sound = True  # whether the weights that the run starts from are finite
-        self.tokens = 0.0
+        self.agreed: list[float] = []  # the ranks' `wishes` of the step at hand, summed
         self.add_callback(EachStep(self))
 
     @property
@@ -121,14 +117,9 @@ class TofuTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This rank's share of every global micro-batch. Not given to accelerate, whose even_batches repeats rows."""
-        batches = GlobalBatches(
-            len(self.train_dataset),
-            self.args.per_device_train_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-            self.args.gradient_accumulation_steps,
-            self.train_dataset.length if self.row is None else None,  # packed rows have no padding to save
-        )
+        args, length = self.args, self.train_dataset.length if self.row is None else None  # packed rows have no padding
+        shared = (args.per_device_train_batch_size, args.process_index, args.world_size)
+        batches = GlobalBatches(len(self.train_dataset), *shared, args.gradient_accumulation_steps, length)
         return EpochLoader(
             self.train_dataset,
             batch_sampler=batches,
@@ -215,6 +206,10 @@ class TofuTrainer(Trainer):
         """On every rank, before the first step."""
         self._sound = saving.all_finite(self.model)
 
+    def wishes(self) -> list[float]:
+        """What this rank wants of the step at hand beside the update; every rank gets the sums as `agreed`."""
+        return []
+
     def before_update(self) -> None:
         """After a step's last backward pass, on every rank: stop the run if a term is not finite on any of them.
 
@@ -224,7 +219,10 @@ class TofuTrainer(Trainer):
         if not self._step:  # a subclass has a loss of its own
             return
         bad = torch.stack([(~share.isfinite()).float() for share in self._step.values()])
-        for name, count in zip(self._step, self.accelerator.reduce(bad, "sum").tolist(), strict=True):
+        wishes = torch.tensor(self.wishes()).to(bad.device, non_blocking=True)  # in the same call: they cost nothing
+        found = self.accelerator.reduce(torch.cat([bad.flatten(), wishes]), "sum").tolist()
+        self.agreed = found[len(bad) :]
+        for name, count in zip(self._step, found, strict=False):
             if count:
                 self.callback_handler.on_train_end(self.args, self.state, self.control)  # closes bars and reports
                 raise self._diverged(f"step {self.state.global_step + 1}: the {name} term is no longer finite")

@@ -1,4 +1,4 @@
-"""A script of the suite with a pulse: fault_worker.py SCRIPT key=value ... The environment says what happens on the way.
+"""A script of the suite with a pulse: fault_worker.py SCRIPT key=value ... The environment says what happens to it.
 
 FAULT_PULSE=FILE: how many micro-batches rank N has trained on or scored stands in FILE.N, before each.
 FAULT_PAUSE=SECONDS: each takes so much longer, so that something outside can happen at one of them.
@@ -35,6 +35,7 @@ def pulse(function: Callable) -> Callable:
         time.sleep(pause)
         if (rank, count) == (int(who), int(at)):
             import torch
+
             import utils
 
             raise eval(ERRORS[kind], {"torch": torch, "utils": utils})  # noqa: S307

@@ -4,16 +4,12 @@ Each run is a tiny one on one process or two. It gets one fault at a drawn momen
 message, and ends with the same bytes as an undisturbed run when the same command is given again.
 """
 
-import argparse
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 

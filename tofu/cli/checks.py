@@ -33,7 +33,7 @@ from tofu.cli.schema import (
 )
 from tofu.evaluation import vllm_backend
 from tofu.models import families
-from tofu.runtime import ranks
+from tofu.runtime import ranks, resumption
 from utils import BadInput, choice, no_key, one_line
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,7 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"seed={cfg.seed}: it must be below 2**32")
     if cfg.LoRA.dropout >= 1:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
+    resumption.check(cfg)
     choice("attention", cfg.attention, ATTENTIONS)
     if cfg.LoRA.quantize not in (None, "4bit"):
         raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")

@@ -27,7 +27,7 @@ class Adapters:
 
 @dataclass
 class Run:
-    """What finetune.yaml and forget.yaml share."""
+    """What finetune.yaml and forget.yaml share. checkpoint_every is a text or a number, resume auto or false."""
 
     model_family: str = MISSING
     LoRA: Adapters = field(default_factory=Adapters)
@@ -54,6 +54,9 @@ class Run:
     logging_steps: int = MISSING
     report_to: Any = MISSING
     progress: bool = MISSING
+    checkpoint_every: Any = MISSING
+    resume: Any = MISSING
+    save_total_limit: int = MISSING
     overwrite_dir: bool = MISSING
     dry_run: bool = MISSING
     save_dir: str = MISSING

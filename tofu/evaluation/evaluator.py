@@ -276,6 +276,14 @@ class Evaluator:
         self.measured = dataclasses.replace(self.measured, start=start)
         self.scores: dict[str, Any] = {}  # the last evaluation's; filled on rank 0 only
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last evaluation's scores, for a training that goes on later."""
+        return {"scores": json.dumps(self.scores)}  # as finished.json will have them
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.scores = json.loads(state["scores"])
+
     def fingerprints(self, model: str, bf16: bool) -> dict[str, dict[str, Any]]:
         """Task -> `log_files.fingerprint`.
 

@@ -84,6 +84,27 @@ def identity(path: str, *, random_weights: bool = False) -> str:
     return f"{kind}sha256:{provenance.digest(''.join(listing))}"
 
 
+def quick_identity(path: str) -> str:
+    """A digest that tells a model from another one without reading its weights; of a hub model, its commit.
+
+    Of a run's folder it is that of its finished.json; of another one that of its small files, and the weights' sizes.
+
+    Args:
+        path: as `resolve` gave it.
+    """
+    if not Path(path).is_dir():
+        return identity(path)
+    if (Path(path) / provenance.FINISHED).is_file():
+        return f"sha256:{provenance.file_digest(Path(path) / provenance.FINISHED)}"
+    small = [file for file in sorted(Path(path).glob("*config.json")) if file.is_file()]
+    weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind))
+    listing = [f"{file.name} {provenance.file_digest(file)}\n" for file in small]
+    listing += [f"{file.name} {file.stat().st_size}\n" for file in weights]
+    if is_adapter(path):
+        listing.append(quick_identity(base_of(path)))
+    return f"sha256:{provenance.digest(''.join(listing))}"
+
+
 def is_adapter(path: str) -> bool:
     """Whether a folder holds an adapter; a hub id never does."""
     return (Path(path) / "adapter_config.json").is_file()

@@ -38,6 +38,9 @@ NOT_SETTINGS = (
     "logging_steps",
     "report_to",
     "eval.batch_size",
+    "checkpoint_every",
+    "resume",
+    "save_total_limit",
 )  # keys that change no number
 ABSENT = "not given"
 INPUTS = (
@@ -98,21 +101,30 @@ def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
     return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
 
 
-def other_config(folder: Path, cfg: DictConfig) -> list[str]:
+def other_config(folder: Path, cfg: DictConfig, but: Sequence[str] = ()) -> list[str]:
     """What differs between the recorded config and inputs of a run and those of one to be made, by key.
 
     Keys that change no number do not count, nor do keys that only one of the two versions of the suite has.
+
+    Args:
+        but: keys that do not count either, nor what lies below them.
     """
     made, asked = (_flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(folder / CONFIG), cfg))
     pairs = {key: (made[key], asked[key]) for key in made.keys() & asked.keys()}
     found = [
         f"{key}={old} (now {new})"
         for key, (old, new) in sorted(pairs.items())
-        if not {key, key.rpartition(".")[2]} & {*NOT_SETTINGS} and not _same(str(old), str(new))
+        if not ({key, key.rpartition(".")[2]} & {*NOT_SETTINGS} or _below(key, but) or _same(str(old), str(new)))
     ]
     known = json.loads((folder / VERSIONS).read_text(encoding="utf-8")).get("inputs", {})
     now = inputs({key: OmegaConf.select(cfg, key) for key in INPUTS})
-    return [*found, *(f"{key}, which is another by now" for key in differing(known, now) if key in known)]
+    other = [key for key in differing(known, now) if key in known and not _below(key, but)]
+    return [*found, *(f"{key}, which is another by now" for key in other)]
+
+
+def _below(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is one of these, or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import claim, provenance, ranks, signals
+from tofu.runtime import claim, provenance, ranks, resumption, signals
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from tofu.runtime.signals import INTERRUPTED, Interrupted
 from utils import ASIDE, BadInput
@@ -37,7 +37,13 @@ REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a
 
 
 def start_run(
-    cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, inputs: tuple[str, ...], keep: tuple[str, ...] = ()
+    cfg: DictConfig,
+    save_dir: str | Path,
+    *,
+    overwrite: bool,
+    inputs: tuple[str, ...],
+    keep: tuple[str, ...] = (),
+    resume: resumption.Resume | None = None,
 ) -> Path:
     """Make a training run's folder and put into it what explains it: the resolved config and the versions.
 
@@ -49,9 +55,11 @@ def start_run(
         overwrite: whether an earlier run's files there may be removed; runs in sub-folders of their own stay.
         inputs: local paths that this run reads; none of them may be removed by the overwriting.
         keep: files of an earlier run that stay.
+        resume: how an interrupted run is treated; gets the checkpoint to go on from. None: it is refused.
 
     Raises:
-        BadInput: the folder holds something and `overwrite` is false, or it is (or holds) one of `inputs`.
+        BadInput: the folder holds something and `overwrite` is false, or it is (or holds) one of `inputs`; also an
+            interrupted run that this one can't go on from (`resumption.Resume.look`).
     """
     folder = Path(save_dir)
     for path in inputs:
@@ -66,6 +74,8 @@ def start_run(
     with _claimed(folder):
         held = _held(folder)
         if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
+            if not overwrite and resume is not None and _interrupted(cfg, folder, held, resume, keep):
+                return _explain(cfg, folder)
             if not overwrite:
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
@@ -110,6 +120,36 @@ def start_evaluation(
                 (folder / name).unlink()
         (folder / FINISHED).unlink(missing_ok=True)
         return _explain(cfg, folder)
+
+
+def _interrupted(
+    cfg: DictConfig, folder: Path, held: set[str], resume: resumption.Resume, keep: tuple[str, ...]
+) -> bool:
+    """Whether a folder holds an interrupted run; then it is made ready for the run to go on, or to start again.
+
+    Raises:
+        BadInput: see `resumption.Resume.look`.
+    """
+    if FINISHED in held:
+        resumption.remove(folder)  # it was killed while it removed them
+        return False
+    if held == {VERSIONS}:  # killed between its first two files
+        return VERSIONS in _wrote(folder) and (folder / WRITTEN).is_file()
+    if not {CONFIG, VERSIONS} <= held:
+        return False
+    found = resume.look(cfg, folder)
+    if found is None and resume.mode == "false":
+        return False
+    if found is None:
+        log.info("%s: interrupted before its first checkpoint, the run starts again", folder)
+        _remove_run(folder, (*keep, CONFIG))
+        return True
+    log.info("going on after step %d, from %s", resumption.step_of(found), found)
+    for path in folder.glob("checkpoint-*"):  # evaluations of later steps are made again
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and int(step) > resumption.step_of(found):
+            _remove_evaluations(path)
+    return True
 
 
 @contextmanager
@@ -207,6 +247,7 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     """Remove an earlier run's own files, its mark of completion first, and the evaluations of its model."""
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
+    resumption.remove(folder)
     for path in [path for path in folder.iterdir() if path.is_dir()]:
         if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
             _remove_evaluations(path)
@@ -254,10 +295,14 @@ def interrupt(stop: Interrupted) -> None:
 
 
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
-    """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only."""
+    """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only.
+
+    Checkpoints to go on from are removed after it: a kill in between must not cost the training.
+    """
     if ranks.rank() == 0:
         going_on(save_dir)
         note(save_dir, FINISHED)
         utils.write_json(Path(save_dir) / FINISHED, scores)
+        resumption.remove(Path(save_dir))
         claim.release(Path(save_dir))
         log.info("finished: %s", save_dir)

@@ -15,8 +15,8 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import peers, run_folder, signals, trained_on
-from tofu.training import forecast, optimisation
+from tofu.runtime import peers, ranks, resumption, run_folder, signals, trained_on
+from tofu.training import checkpoints, forecast, optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -151,9 +151,31 @@ class Job:
         )
         keep = (run_folder.REFERENCE,) if "logp" in objective.needs_of(method.terms) else ()
         read = (self.path, *method.reads())
-        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep)
+        self.resume = resumption.Resume(str(cfg.resume).lower(), self._made_from(), checkpoints.kind(self.engine))
+        self.out = run_folder.start_run(
+            cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep, resume=self.resume
+        )
         peers.join()
         return self.out
+
+    def _made_from(self) -> dict[str, Any]:
+        """What the weights follow from beside the keys; the first is what their batches come to."""
+        cut = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
+        return {
+            "batch_size x gradient_accumulation_steps x processes": cut * ranks.world_size(),
+            "optimiser": self.args.optim,
+            "starting model": folders.quick_identity(self.path),
+            "training data": checkpoints.data_digest(self.data),
+        }
+
+    def _plan(self) -> checkpoints.Plan:
+        """When checkpoints are written; the one that the run goes on from is rank 0's choice."""
+        cfg, resume = self.cfg, self.resume
+        start = ranks.from_rank_0(resume.checkpoint) if ranks.world_size() > 1 else resume.checkpoint
+        about = {**resume.made_from, "engine": resume.engine}
+        every = resumption.interval(cfg.checkpoint_every)
+        kept = {"evaluator": self.evaluator} if self.evaluator is not None else {}
+        return checkpoints.Plan(self.out, every, cfg.save_total_limit, self.engine, about, start, kept)
 
     def trainer(self) -> dataloader.TofuTrainer:
         """Compute what the method needs of the reference model, load the model to train, and put it into a Trainer."""
@@ -166,7 +188,8 @@ class Job:
             self.evaluator.compare(self.out, self.engine)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
-        trainer = dataloader.TofuTrainer(
+        trainer = checkpoints.Resumable(
+            plan=self._plan(),
             model=model,
             args=self.args,
             train_dataset=self.data,
@@ -177,7 +200,7 @@ class Job:
             **optimisation.stochastic(cfg.optim, self.args),
         )
         if self.evaluator is not None:
-            trainer.add_callback(dataloader.EachEpoch(lambda step: self.evaluate(trainer.model, step)))
+            trainer.add_callback(dataloader.EachEpoch(lambda step: self._evaluate_in(trainer, step)))
         run_folder.going_on(self.out)
         return trainer
 
@@ -195,6 +218,12 @@ class Job:
         )
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
         return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
+
+    def _evaluate_in(self, trainer: checkpoints.Resumable, step: int) -> None:
+        try:
+            self.evaluate(trainer.model, step)
+        except signals.Interrupted as stop:
+            trainer.save_and_stop(stop)
 
     def evaluate(self, model: PreTrainedModel, step: int, answers: Any = None) -> dict[str, Any]:
         """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder.
@@ -218,7 +247,10 @@ class Job:
         self.engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, self.path)
         loadable.check_loadable(self.path, self.engine)
         self.evaluates(self.taught)
-        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
+        again = resumption.Resume(str(cfg.resume).lower(), {}, {})  # without a checkpoint: it starts again
+        self.out = run_folder.start_run(
+            cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,), resume=again
+        )
         peers.join()
         answers = self.evaluator.generated(self.path, self.engine.bf16)
         self.evaluator.compare(self.out, self.engine)
