@@ -2,6 +2,7 @@
 
 FAULT_PULSE=FILE: how many micro-batches rank N has trained on or scored stands in FILE.N, before each.
 FAULT_PAUSE=SECONDS: each takes so much longer, so that something outside can happen at one of them.
+FAULT_MODEL=FOLDER: the model of the family `tiny`.
 FAULT_RAISE=RANK:NUMBER:KIND: that rank fails at that one, once: oom, memory, bad or bug.
 """
 
@@ -49,6 +50,10 @@ def main() -> None:
     import dataloader
     from tofu.evaluation import inference
 
+    if model := os.environ.get("FAULT_MODEL"):
+        from tofu.models import families
+
+        families.entries().tiny.hf_key = model
     trainer: Any = dataloader.TofuTrainer
     compute_loss = pulse(trainer.compute_loss)
     trainer.compute_loss = lambda *args, **kwargs: compute_loss(*args, **kwargs)
