@@ -2,7 +2,7 @@
 
 CASES.json holds [{"script": "forget", "args": ["key=value", ...]}, ...]. Each is run as its own command line would be;
 "logits" stands for `dataloader.LOGITS` in it. A case with "refused" must end with exit code 2, and what it says on
-stderr goes into the file that it names.
+stderr goes into the file that it names. One with "stop" ends after the checkpoint of that step, as if it were killed.
 For each run's save_dir, what only the live processes know is written beside it: the number of parameters that this rank
 holds a part of (SAVE_DIR.rankN.json). The family `tiny` is the model in the folder MODEL.
 """
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import dataloader
 from tofu.models import families
-from tofu.runtime import ranks
+from tofu.runtime import claim, ranks
+from tofu.training import checkpoints
 
 
 def watch(trainer_class: type, seen: dict) -> None:
@@ -46,6 +47,31 @@ def watch(trainer_class: type, seen: dict) -> None:
     trainer_class.train = watched
 
 
+class Stopped(Exception):
+    """What stands for a kill."""
+
+
+def stopped(run: Callable[[], None], step: int) -> None:
+    """Run until the checkpoint of a step is written."""
+    save = checkpoints.Resumable._save_checkpoint
+
+    def stopping(self, *args):
+        save(self, *args)
+        if self.state.global_step == step:
+            raise Stopped
+
+    checkpoints.Resumable._save_checkpoint = stopping
+    try:
+        run()
+    except Stopped:
+        claim.release()
+        ranks.release()
+    else:
+        raise AssertionError(f"{sys.argv} has not come to the checkpoint of step {step}")
+    finally:
+        checkpoints.Resumable._save_checkpoint = save
+
+
 def refusal(run: Callable[[], None]) -> str:
     """What a command line that must be refused says."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -70,6 +96,9 @@ def main() -> None:
         run = importlib.import_module(case["script"]).main
         if "refused" in case:
             Path(case["refused"]).write_text(refusal(run))
+            continue
+        if "stop" in case:
+            stopped(run, case["stop"])
             continue
         run()
         save_dir = next((arg.split("=", 1)[1] for arg in case["args"] if arg.startswith("save_dir=")), None)

@@ -79,7 +79,7 @@ class Resumable(TofuTrainer):
         """Train, from the plan's checkpoint on where there is one."""
         if self.plan.start is None:
             return super().train(*args, **kwargs)
-        with _weights_only():
+        with _weights_only(self.plan.engine.name == "deepspeed"):
             return super().train(*args, resume_from_checkpoint=str(self.plan.start), **kwargs)
 
     def wishes(self) -> list[float]:
@@ -257,11 +257,11 @@ FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def _weights_only(deepspeed: bool) -> Iterator[None]:
     """While the engine loads its checkpoint, no pickle is read in full: DeepSpeed asks for it by itself."""
     os.environ[FORCED] = "1"
     try:
-        with torch.serialization.safe_globals(_deepspeeds()):
+        with torch.serialization.safe_globals(_deepspeeds() if deepspeed else []):
             yield
     finally:
         os.environ.pop(FORCED, None)
@@ -269,7 +269,11 @@ def _weights_only() -> Iterator[None]:
 
 def _deepspeeds() -> list[Any]:
     """The classes that DeepSpeed's checkpoints hold beside tensors."""
-    return []
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class _Shards(dcp.FileSystemReader):
@@ -283,9 +287,17 @@ class _Shards(dcp.FileSystemReader):
 
 class _Contents(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in ALLOWED:
-            return super().find_class(module, name)
+        if "." in name or not module.startswith(("torch", "pathlib")):
+            raise pickle.UnpicklingError(f"{module}.{name} is not of a checkpoint")
+        found = super().find_class(module, name)
+        own = module == METADATA and getattr(found, "__module__", None) == METADATA
+        if own or isinstance(found, torch.dtype) or (module, name) in ALLOWED:
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} is not of a checkpoint")
 
 
-ALLOWED = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+METADATA = "torch.distributed.checkpoint.metadata"
+ALLOWED = {
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
