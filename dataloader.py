@@ -19,7 +19,7 @@ from tofu.methods import objective
 from tofu.methods.objective import Method, Term
 from tofu.models import architectures, batches, forward, saving
 from tofu.models.views import Scored, States
-from tofu.runtime import cards, ranks, run_folder
+from tofu.runtime import cards, ranks, run_folder, signals
 from utils import BadInput
 
 # logits that exist at once; where a micro-batch has more, its samples go through the output head in pieces, and each
@@ -354,14 +354,14 @@ class TofuTrainer(Trainer):
 def fit(trainer: TofuTrainer) -> dict[str, float]:
     """Train, and write trainer_state.json whatever ends the training: the losses before a stop tell why it stopped.
 
-    Returns:
-        For finished.json: the mean loss of all steps, and the seconds.
+    Returns: for finished.json, the mean loss of all steps, and the seconds.
 
     Raises:
         BadInput: the model has diverged; it must not be saved.
     """
     try:
-        result = trainer.train()
+        with signals.handled():
+            result = trainer.train()
     finally:
         if trainer.state.log_history:
             run_folder.note(trainer.args.output_dir, "trainer_state.json")

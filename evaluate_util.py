@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
-    from tofu.runtime import provenance, run_folder, trained_on
+    from tofu.runtime import peers, provenance, run_folder, trained_on
 
     key = "model_family" if cfg.use_pretrained else "model_path"
     path = folders.resolve(cfg.model_path, key)
@@ -37,7 +37,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)
     evaluate.check(engine)
     own = (*evaluator.OWN, *(f"{task}.json" for task in cfg.eval_task))
-    out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own)
+    keep = (*evaluator.KEPT, *(f"{task}.json" for task in cfg.eval_task))
+    out = run_folder.start_evaluation(cfg, cfg.save_dir, overwrite=cfg.overwrite, own=own, keep=keep)
+    peers.join()
     identity = folders.identity(path, random_weights=cfg.reinitialize_weights) if ranks.rank() == 0 else ""
     fingerprints = evaluate.fingerprints(identity, engine.bf16)
     todo, model, answers = evaluate.missing(out, fingerprints), None, None
@@ -46,6 +48,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         evaluate.compare(out, engine, todo)
         set_seed(SEED)
         model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
+    run_folder.going_on(out)
     scores = evaluate(model, out, engine.sharded, fingerprints, todo, answers)
     run_folder.finish_run(out, {**scores, "family": record})
     return scores

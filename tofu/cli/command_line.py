@@ -126,13 +126,15 @@ def _one_line_errors(name: str, argv: list[str], held: io.StringIO, jobs: Jobs) 
     except BadInput as error:
         stop(error)
     except KeyboardInterrupt:
+        if ranks.rank() > 0:
+            sys.exit(130)
         stop(BadInput("interrupted"), 130)
     except (HydraException, OmegaConfBaseException) as error:
         if jobs.bug is not None:
             raise
         stop(BadInput(_explain(error, name, argv[1:])))
     except SystemExit as end:
-        if end.code and held.getvalue():  # argparse has printed its usage and what it didn't understand
+        if end.code == 2 and held.getvalue():  # argparse has printed its usage and what it didn't understand
             stop(BadInput(f"{held.getvalue().rpartition('error: ')[2]} (--help lists what there is)"))
         raise
     finally:

@@ -1,10 +1,11 @@
 """Evaluate a model on its sets: per-row logs, then statistics of the logs. The same code during training and after."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.retain_log import load_retain_log
 from tofu.evaluation.sets import Task, check_words, load_sets, prepare, reach
 from tofu.models.engines import Engine
-from tofu.runtime import ranks, run_folder, trained_on
+from tofu.runtime import ranks, run_folder, signals, trained_on
 from tofu.runtime.trained_on import Taught
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ OWN = (  # what an evaluation writes
     *("eval_*.json", logs.AGGREGATED, STATISTICS, REPORT, log_files.FINGERPRINTS, *OPENUNLEARNING),
     *(measures.METRICS, measures.ROWS, reference.FILE),
 )
+KEPT = (log_files.FINGERPRINTS, measures.ROWS, reference.FILE)  # beside the logs: each says what it was made from
 OURS = ("backend", "ours")  # no part of a fingerprint: older ones are without it
 TOFU_ALONE = Measures()
 Page = Callable[[Mapping[str, Any], Statistics, str, Sequence[str]], str]  # see reporting.page
@@ -99,17 +101,19 @@ def evaluate(
 
     Raises:
         BadInput: a loss that is not finite.
+        Interrupted: on all ranks, a signal has come to one of them; the sets that are whole stay.
     """
     folder, every = Path(save_dir), (*tasks, *measured.beside)
     todo = [task.data.task for task in every] if todo is None else todo
     answers = {**(answers or {}), **{task.data.task: [[] for _ in task.prompts] for task in measured.beside}}
     at_once = _at_once(batch_size, model, tasks, todo, answers, measured)
     each = [passes.Asked(model, tokenizer, task, [], at_once, sharded, measured.settings) for task in every]
-    made, columns = _sets(folder, each, todo, answers, measured, rouge, save_generated_text, fingerprints or {})
-    if ranks.rank() > 0:
-        return {}
-    told = (retain_log, method_name, truth_ratio, save_format, page, rouge)
-    return _write(made, columns, measured, folder, *told)
+    with signals.handled():
+        made, columns = _sets(folder, each, todo, answers, measured, rouge, save_generated_text, fingerprints or {})
+        if ranks.rank() > 0:
+            return {}
+        told = (retain_log, method_name, truth_ratio, save_format, page, rouge)
+        return _write(made, columns, measured, folder, *told)
 
 
 def _sets(
@@ -125,10 +129,11 @@ def _sets(
     """Every set's log, by its file's name, and the columns that the metrics read of all sets; whole on rank 0 alone."""
     made: dict[str, dict] = {}
     columns: dict[str, Any] = {}
-    for asked in each:
+    for done, asked in enumerate(each):
         name, logged = asked.task.data.task, not any(asked.task is one for one in measured.beside)
         if name in todo:
-            rows = _run(asked, answers.get(name), measured, rouge)
+            with _told_whole(folder, done, len(each)):
+                rows = _run(asked, answers.get(name), measured, rouge)
             if logged:
                 made[f"{name}.json"] = row_logs.log_of(asked.task, rows, save_text)
                 log_files.keep(folder, name, made[f"{name}.json"], fingerprints.get(name))
@@ -138,6 +143,15 @@ def _sets(
             if logged:
                 made[f"{name}.json"] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return made, columns
+
+
+@contextlib.contextmanager
+def _told_whole(folder: Path, done: int, of: int) -> Iterator[None]:
+    """Tell an interruption what is kept: the sets before the one at hand."""
+    try:
+        yield
+    except signals.Interrupted as stop:
+        raise signals.Interrupted(folder, f"{done} of {of} sets are whole", name=stop.name) from None
 
 
 def _at_once(

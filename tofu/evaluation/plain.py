@@ -3,7 +3,7 @@
 The numbers and texts are those of `inference`, only slower.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -35,10 +35,23 @@ def _score(model: PreTrainedModel, tree: Tree, path: Sequence[int]) -> TokenScor
 
 
 def greedy(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], budgets: Sequence[int], ends: Collection[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    ends: Collection[int],
+    *,
+    before_forward: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """As `inference.greedy`: transformers' own generation, one prompt after the other."""
-    return [_answer(model, prompt, budget, ends) for prompt, budget in zip(prompts, budgets, strict=True)]
+    """As `inference.greedy`: transformers' own generation, one prompt after the other.
+
+    Args:
+        before_forward: called before every prompt.
+    """
+    answers = []
+    for prompt, budget in zip(prompts, budgets, strict=True):
+        before_forward()
+        answers.append(_answer(model, prompt, budget, ends))
+    return answers
 
 
 def _answer(model: PreTrainedModel, prompt: Sequence[int], budget: int, ends: Collection[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """From a model and a set to its log: every answer scored, every question answered, numbers and texts for each row."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from tofu.evaluation import inference, logs, plain, words
 from tofu.evaluation.inference import TokenScores
 from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.sets import Task
-from tofu.runtime import ranks
+from tofu.runtime import ranks, signals
 from utils import BadInput
 
 SCORED_AT_ONCE = 1024  # nodes in a scoring batch: more are no faster (benchmarks/eval_speed.py) and need more memory
@@ -74,19 +75,16 @@ def generate_rows(
     ends = inference.end_tokens(model, tokenizer)
     together = ranks.Together(model) if sharded else None
     found = {}
-    for batch in ranks.share(batches, f"{task.data.task}: generating"):
-        asked = [task.prompts[i] for i in batch], [task.budgets[i] for i in batch], ends
-        if masks:
-            tokens = inference.greedy(
-                model,
-                *asked,
-                at_once=batch_size,
-                known=[task.likely[i] for i in batch],
-                before_forward=together.work if together else lambda: None,
-            )
-        else:
-            tokens = plain.greedy(model, *asked)
-        found.update(zip(batch, tokens, strict=True))
+    before = {"before_forward": together.work if together else signals.look}
+    with contextlib.suppress(signals.Flagged):  # `merge` says so to all ranks
+        for batch in ranks.share(batches, f"{task.data.task}: generating"):
+            asked = [task.prompts[i] for i in batch], [task.budgets[i] for i in batch], ends
+            if masks:
+                known = [task.likely[i] for i in batch]
+                tokens = inference.greedy(model, *asked, at_once=batch_size, known=known, **before)
+            else:
+                tokens = plain.greedy(model, *asked, **before)
+            found.update(zip(batch, tokens, strict=True))
     if together:
         together.wait()
     found = ranks.merge(found)

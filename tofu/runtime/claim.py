@@ -83,6 +83,18 @@ def release(folder: Path | None = None) -> None:
         del _held[file]
 
 
+def held() -> list[Path]:
+    """The folders that this process has claimed."""
+    return [file.parent for file in _held]
+
+
+def gone(folder: Path) -> str | None:
+    """Where a folder that this process has claimed was removed, the line that says so."""
+    if (folder / CLAIM).is_file():
+        return None
+    return f"save_dir={folder} is gone: it was removed while the run went on; run the same command again"
+
+
 def made() -> dict[Path, list[Path]]:
     """This process's claimed folders that were not there before, each with all that was made, the innermost first."""
     return {file.parent: folders for file, folders in _held.items() if folders}

@@ -6,11 +6,11 @@ Importing it loads no torch: the command line asks for the rank before anything 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tofu.runtime import cards
+from tofu.runtime import cards, signals
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterable[list]:
-    """This rank's batches, with a progress bar on rank 0.
+def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterator[list]:
+    """This rank's batches, with a progress bar on rank 0; `merge` must follow.
+
+    They end early where the run is asked to stop: a rank that works for itself leaves, and `merge` tells the others.
 
     Args:
         sharded: whether a rank that runs out repeats a batch, so that ranks which share one model run equally many.
+
+    Raises:
+        Interrupted: ranks that share one model stop together, before the same batch.
     """
     from tqdm import tqdm
 
@@ -42,17 +47,42 @@ def share(batches: Sequence[list], what: str, sharded: bool = False) -> Iterable
     if sharded and batches:
         mine += [batches[0]] * (-(-len(batches) // world_size()) - len(mine))
     silent = rank() > 0 or bool(os.environ.get("TQDM_DISABLE"))  # tqdm reads it once, when imported
-    return tqdm(mine, desc=what, disable=silent, leave=False)
+    for batch in tqdm(mine, desc=what, disable=silent, leave=False):
+        if sharded:
+            stop_together()
+        elif signals.requested():
+            return
+        yield batch
 
 
 def merge(found: dict) -> dict:
-    """All ranks' results on every rank."""
+    """All ranks' results on every rank.
+
+    Raises:
+        Interrupted: on all ranks, if one of them is asked to stop: then its results are not whole.
+    """
     from accelerate.utils import gather_object
 
-    merged = {}
-    for part in gather_object([found]):
+    merged: dict = {}
+    for part, asked in gather_object([(found, signals.requested())]):
+        if asked:
+            raise signals.Interrupted(None, "", name=asked)
         merged.update(part)
     return merged
+
+
+def asked_to_stop() -> str | None:
+    """The name of the signal that any of the ranks has got; all ranks call it together, and get the same answer."""
+    from accelerate.utils import gather_object
+
+    names = [signals.requested()] if world_size() == 1 else gather_object([signals.requested()])
+    return next((name for name in names if name), None)
+
+
+def stop_together() -> None:
+    """Raise Interrupted on all ranks if one of them is asked to stop; all of them call it together."""
+    if name := asked_to_stop():
+        raise signals.Interrupted(None, "", name=name)
 
 
 def state() -> Any:
@@ -103,7 +133,7 @@ class Together:
         self.model = model
 
     def work(self) -> None:
-        """Call before every forward of this rank's own."""
+        """Call before every forward of this rank's own; it raises Interrupted on all ranks as `stop_together` does."""
         self._anyone(True)
 
     def wait(self) -> None:
@@ -117,6 +147,10 @@ class Together:
     def _anyone(self, busy: bool) -> bool:
         import torch
 
-        flag = torch.tensor(float(busy), device=self.model.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag > 0)
+        asked = signals.requested()
+        counts = torch.tensor([float(busy), float(asked is not None)], device=self.model.device)
+        torch.distributed.all_reduce(counts)
+        working, stopping = counts.tolist()
+        if stopping:
+            raise signals.Interrupted(None, "", name=asked)
+        return working > 0

@@ -1,7 +1,9 @@
 """A run's folder: what may be written where, what may be removed, and what says that a run is complete."""
 
 import logging
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import claim, provenance, ranks, resumption
+from tofu.runtime import claim, provenance, ranks, resumption, signals
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
+from tofu.runtime.signals import INTERRUPTED, Interrupted
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)
@@ -81,12 +84,15 @@ def start_run(
         return _explain(cfg, folder)
 
 
-def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...]) -> Path:
+def start_evaluation(
+    cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...], keep: tuple[str, ...] = ()
+) -> Path:
     """Make an evaluation's folder, as `start_run` does a training's; only an evaluation's own files are removed.
 
     Args:
         overwrite: whether an earlier evaluation's files are removed first; else they stay, for the new one to use.
         own: patterns of the files that an evaluation writes.
+        keep: files that stay where the earlier evaluation was interrupted or killed, for the new one to go on.
 
     Raises:
         BadInput: the folder holds something that is no evaluation of this suite.
@@ -96,17 +102,23 @@ def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, 
         return folder
     with _claimed(folder):
         held = _held(folder)
-        strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
+        ours = {CONFIG, VERSIONS, FINISHED, INTERRUPTED}
+        strange = [name for name in sorted(held - ours) if not any(map(Path(name).match, own))]
         if strange or (held and VERSIONS not in held):
             raise BadInput(
                 f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
                 "another save_dir"
             )
-        (folder / FINISHED).unlink(missing_ok=True)  # until this one is complete, nothing here is
         if overwrite and held - {CONFIG, VERSIONS}:
-            log.warning("replacing the evaluation in %s", folder)
-            for name in held & _wrote(folder) - {CONFIG, VERSIONS}:
+            kept = {CONFIG, VERSIONS} if FINISHED in held else {CONFIG, VERSIONS, INTERRUPTED, *keep}
+            (folder / FINISHED).unlink(missing_ok=True)  # first: until this one is complete, nothing here is
+            if FINISHED in held:
+                log.warning("replacing the evaluation in %s", folder)
+            else:
+                log.info("the evaluation in %s is not complete: what fits of it is kept", folder)
+            for name in held & _wrote(folder) - kept:
                 (folder / name).unlink()
+        (folder / FINISHED).unlink(missing_ok=True)
         return _explain(cfg, folder)
 
 
@@ -191,9 +203,16 @@ class Complete(Exception):
 
 
 def note(folder: str | Path, *names: str) -> None:
-    """Write down which files a run is about to create in its folder: those alone are removed with it. Rank 0 only."""
+    """Write down which files a run is about to create in its folder: those alone are removed with it. Rank 0 only.
+
+    Raises:
+        BadInput: the run's folder was removed.
+    """
     if ranks.rank() > 0:
         return
+    for ours in claim.held():
+        if Path(folder).resolve().is_relative_to(ours) and (why := claim.gone(ours)):
+            raise BadInput(why)  # else the rest of the run would look like a whole one
     path = Path(folder) / WRITTEN
     path.parent.mkdir(parents=True, exist_ok=True)
     known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -253,12 +272,35 @@ def _is_evaluation(folder: Path) -> bool:
     return (folder / VERSIONS).is_file() and any(folder.glob("eval_log*.json"))
 
 
+def going_on(save_dir: str | Path) -> None:
+    """Training or evaluation begins: a signal's note of an earlier start in this folder says nothing any more."""
+    if ranks.rank() == 0:
+        (Path(save_dir) / INTERRUPTED).unlink(missing_ok=True)
+
+
+def interrupt(stop: Interrupted) -> None:
+    """Write `interrupted.json`, the last file of a run that a signal has stopped. Rank 0 only.
+
+    TOFU_INTERRUPTED names a file that gets the same: a script that started the run need not know its folder.
+    """
+    if ranks.rank() > 0:
+        return
+    said = {"signal": stop.name, "saved": stop.saved, "step": stop.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    said |= {"folder": str(stop.folder) if stop.folder else None, "do": signals.AGAIN}
+    if stop.folder is not None and Path(stop.folder).is_dir():
+        note(stop.folder, INTERRUPTED)
+        utils.write_json(Path(stop.folder) / INTERRUPTED, said)
+    if copy := os.environ.get("TOFU_INTERRUPTED"):
+        utils.write_json(copy, said)
+
+
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
     """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only.
 
     Checkpoints to go on from are removed after it: a kill in between must not cost the training.
     """
     if ranks.rank() == 0:
+        going_on(save_dir)
         note(save_dir, FINISHED)
         utils.write_json(Path(save_dir) / FINISHED, scores)
         resumption.remove(Path(save_dir))

@@ -117,7 +117,12 @@ class Resumable(TofuTrainer):
         self.checkpoints.written()
         if stopping:
             self.accelerator.wait_for_everyone()
-            raise signals.Interrupted(str(path), step)
+            raise signals.Interrupted(self.plan.folder, f"saved at step {step}", step, self.checkpoints.name)
+
+    def save_and_stop(self, stop: signals.Interrupted) -> None:
+        """A signal has come in an epoch's evaluation: write a checkpoint after which it is made again, and end."""
+        self.checkpoints.stopping, self.checkpoints.epoch_ended, self.checkpoints.name = True, False, stop.name
+        self._save_checkpoint(self.model, None)
 
     def _write(self, folder: Path) -> None:
         """This rank's part of a checkpoint."""
@@ -214,6 +219,7 @@ class Checkpoints(TrainerCallback):
     def __init__(self, trainer: Resumable) -> None:
         self.trainer, self.last = trainer, time.monotonic()
         self.waiting = self.stopping = self.epoch_ended = False
+        self.name: str | None = None  # the signal's, where another rank has told it
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`, by this rank's clock."""

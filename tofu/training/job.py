@@ -15,7 +15,7 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import ranks, resumption, run_folder, trained_on
+from tofu.runtime import peers, ranks, resumption, run_folder, signals, trained_on
 from tofu.training import checkpoints, forecast, optimisation
 from utils import BadInput
 
@@ -155,6 +155,7 @@ class Job:
         self.out = run_folder.start_run(
             cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=read, keep=keep, resume=self.resume
         )
+        peers.join()
         return self.out
 
     def _made_from(self) -> dict[str, Any]:
@@ -199,7 +200,8 @@ class Job:
             **optimisation.stochastic(cfg.optim, self.args),
         )
         if self.evaluator is not None:
-            trainer.add_callback(dataloader.EachEpoch(lambda step: self.evaluate(trainer.model, step)))
+            trainer.add_callback(dataloader.EachEpoch(lambda step: self._evaluate_in(trainer, step)))
+        run_folder.going_on(self.out)
         return trainer
 
     def _load(self, weights: Any) -> PreTrainedModel:
@@ -217,13 +219,22 @@ class Job:
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
         return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
+    def _evaluate_in(self, trainer: checkpoints.Resumable, step: int) -> None:
+        try:
+            self.evaluate(trainer.model, step)
+        except signals.Interrupted as stop:
+            trainer.save_and_stop(stop)
+
     def evaluate(self, model: PreTrainedModel, step: int, answers: Any = None) -> dict[str, Any]:
         """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder.
 
         Args:
             answers: what was generated beforehand (`Evaluator.generated`).
         """
-        return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded, answers=answers)
+        try:
+            return self.evaluator(model, self.out / f"checkpoint-{step}", self.engine.sharded, answers=answers)
+        except signals.Interrupted as stop:
+            raise signals.Interrupted(self.out, f"evaluation at step {step}: {stop.saved}", step, stop.name) from None
 
     def evaluate_only(self) -> dict[str, Any]:
         """Evaluate the starting model as it is, into checkpoint-0.
@@ -236,7 +247,11 @@ class Job:
         self.engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, self.path)
         loadable.check_loadable(self.path, self.engine)
         self.evaluates(self.taught)
-        self.out = run_folder.start_run(cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,))
+        again = resumption.Resume(str(cfg.resume).lower(), {}, {})  # without a checkpoint: it starts again
+        self.out = run_folder.start_run(
+            cfg, cfg.save_dir, overwrite=cfg.overwrite_dir, inputs=(self.path,), resume=again
+        )
+        peers.join()
         answers = self.evaluator.generated(self.path, self.engine.bf16)
         self.evaluator.compare(self.out, self.engine)
         scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0, answers)
@@ -249,6 +264,10 @@ class Job:
         Returns:
             The scores: of the training, of the method and, on rank 0, of the last evaluation.
         """
+        with signals.handled():  # the run is about to end: it ends whole
+            return self._finish(trainer, trained)
+
+    def _finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
         if self.cfg.get("save_model", True):
             change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
             saving.save(
