@@ -24,8 +24,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
-    from tofu.runtime import run_folder, trained_on
+    from tofu.runtime import run_folder, trained_on, trust
 
+    trust.settle(cfg)
     key = "model_family" if cfg.use_pretrained else "model_path"
     path = folders.resolve(cfg.model_path, key)
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)

@@ -33,7 +33,7 @@ from tofu.cli.schema import (
 )
 from tofu.evaluation import vllm_backend
 from tofu.models import families
-from tofu.runtime import ranks
+from tofu.runtime import ranks, trust
 from utils import BadInput, choice, no_key, one_line
 
 log = logging.getLogger(__name__)
@@ -172,6 +172,7 @@ def _check_run(cfg: DictConfig) -> None:
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
     choice(f"{prefix}engine", cfg.engine, ENGINES)
     choice(f"{prefix}precision", cfg.precision, PRECISIONS)
+    choice(f"{prefix}verify", cfg.verify, trust.VERIFY)
     if cfg.engine == "fsdp" and ranks.world_size() < 2:
         raise BadInput(
             f"{prefix}engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
@@ -253,7 +254,7 @@ def _fit_own(name: str, keys: type, own: dict[str, Any]) -> dict[str, Any]:
 
 
 # what a run and its own evaluations have in common, because it is the model in memory that is evaluated
-FOLLOWERS = ("model_family", "model_path", "engine", "ds_config", "precision", "save_dir")
+FOLLOWERS = ("model_family", "model_path", "engine", "ds_config", "precision", "verify", "allow_pickle", "save_dir")
 
 
 def _check_followers(cfg: DictConfig) -> None:

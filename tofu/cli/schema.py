@@ -54,6 +54,8 @@ class Run:
     logging_steps: int = MISSING
     report_to: Any = MISSING
     progress: bool = MISSING
+    verify: str = MISSING
+    allow_pickle: bool = MISSING
     overwrite_dir: bool = MISSING
     dry_run: bool = MISSING
     save_dir: str = MISSING
@@ -160,6 +162,8 @@ class Evaluate:
     compat: str | None = None
     holdout: Holdout = field(default_factory=Holdout)
     reference_model: str | None = None
+    verify: str = MISSING
+    allow_pickle: bool = MISSING
     progress: bool = MISSING
     save_dir: str = MISSING
 

@@ -11,7 +11,7 @@ from transformers.utils import cached_file, extract_commit_hash
 
 import utils
 from tofu.models import chat, families
-from tofu.runtime import provenance
+from tofu.runtime import manifest, provenance
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -21,12 +21,13 @@ def resolve(path: str, key: str) -> str:
     """A model's folder or hub id, known to be reachable; of a folder with an adapter, its base too.
 
     Raises:
-        BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; `key` is the config
-            key to name.
+        BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; or a run's folder
+            that is not whole (`manifest.check_model`). `key` is the config key to name.
     """
     key = "hf_key" if key == "model_family" else key  # whose value stands in config/model_config.yaml
     if utils.is_local(path):
         folder = Path(utils.find(path))
+        manifest.check_model(folder, key)
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             _check_files(folder)
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")

@@ -34,6 +34,8 @@ NOT_SETTINGS = (
     "overwrite",
     "overwrite_dir",
     "dry_run",
+    "verify",
+    "allow_pickle",
     "progress",
     "logging_steps",
     "report_to",

@@ -10,12 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import claim, provenance, ranks
+from tofu.runtime import claim, manifest, provenance, ranks
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)
 
+EXPLAINS = (CONFIG, VERSIONS)  # what a run writes first
 WRITTEN = "written.txt"  # the files that the run in a folder wrote, by name
 KNOWN = (  # what runs of older versions, which kept no such list, may have written
     *("config.yaml", "versions.json", "finished.json", "config.json", "generation_config.json", "*.safetensors"),
@@ -30,6 +31,7 @@ KNOWN = (  # what runs of older versions, which kept no such list, may have writ
         "trained_on.json",
     ),
 )
+ALTERABLE = "aggregate_stat.csv"  # aggregate_eval_stat.py may append to it: no part of the manifest
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 
 
@@ -172,7 +174,7 @@ def _wrote(folder: Path) -> set[str]:
 def _held(folder: Path) -> set[str]:
     """The names in a folder, without what a killed write left aside, which is removed, and without our own notes."""
     for path in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return {path.name for path in folder.iterdir()} - {WRITTEN, claim.CLAIM}
 
 
@@ -188,7 +190,7 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     """Remove an earlier run's own files, its mark of completion first, and the evaluations of its model."""
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
-    for path in [path for path in folder.iterdir() if path.is_dir()]:
+    for path in _folders(folder):
         if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
             _remove_evaluations(path)
     for name in _wrote(folder) - {VERSIONS, WRITTEN, *keep}:  # with VERSIONS it stays known as this suite's
@@ -199,13 +201,17 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
 
 def _remove_evaluations(folder: Path) -> None:
     """Remove the files that evaluations left in a folder and in those below it, and what is empty then."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            _remove_evaluations(path)
+    for path in _folders(folder):
+        _remove_evaluations(path)
     for name in _wrote(folder):
         (folder / name).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder; a link leads elsewhere, where nothing is removed."""
+    return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -213,9 +219,20 @@ def _is_evaluation(folder: Path) -> bool:
 
 
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
-    """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only."""
+    """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only.
+
+    It holds the scores and the manifest of all files that the run wrote.
+    """
     if ranks.rank() == 0:
-        note(save_dir, FINISHED)
-        utils.write_json(Path(save_dir) / FINISHED, scores)
-        claim.release(Path(save_dir))
+        folder = Path(save_dir)
+        note(folder, FINISHED)
+        utils.write_json(folder / FINISHED, {**scores, manifest.KEY: manifest.manifest(folder, _left(folder))})
+        claim.release(folder)
         log.info("finished: %s", save_dir)
+
+
+def _left(folder: Path) -> list[str]:
+    """The files that the run in a folder wrote and that stay as they are, also into its folders checkpoint-STEP."""
+    places = [folder, *(path for path in _folders(folder) if path.name.startswith("checkpoint-"))]
+    found = [path.relative_to(folder) / name for path in places if (path / WRITTEN).is_file() for name in _wrote(path)]
+    return [str(name) for name in found if name.name not in (FINISHED, WRITTEN, ALTERABLE)]

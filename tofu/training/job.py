@@ -15,7 +15,7 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import run_folder, trained_on
+from tofu.runtime import run_folder, trained_on, trust
 from tofu.training import forecast, optimisation
 from utils import BadInput
 
@@ -42,6 +42,7 @@ class Job:
         Raises:
             BadInput: no such model, no tokenizer that the suite can use, or a family with other tags than the model's.
         """
+        trust.settle(cfg)
         self.cfg, self.method = cfg, method
         self.path = folders.resolve(path, key)
         self.tokenizer, self.family, self.record = folders.load_asked(self.path, cfg.model_family, key)
