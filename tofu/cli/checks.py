@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
+from tofu.cli import names
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -188,6 +189,7 @@ def _check_forget(cfg: DictConfig) -> None:
     _check_run(cfg)
     method = cfg.forget_loss
     utils.at_least(cfg, 0, "forget_loss.forget_weight", "forget_loss.retain_weight")
+    names.check_method(method.name)
     if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
@@ -330,11 +332,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
                 "entry a set (or one string for all)"
             )
     cfg.split_list = [_perturbed(split) for split in cfg.split_list]
-    if len(set(cfg.eval_task)) < sets or not sets or any("/" in name or not name for name in cfg.eval_task):
-        raise BadInput(
-            f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice; one of your own "
-            "is eval_log_NAME"
-        )
+    names.check_tasks(list(cfg.eval_task), sets, prefix)
     _check_holdout(cfg, prefix)
 
 

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tofu.runtime import claim, ranks, run_folder
-from utils import BadInput, one_line
+from utils import BadInput, masked, one_line
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def stop(error: BadInput, code: int = 2) -> None:
     """Tell the error and exit. Other ranks wait to be ended by the launcher when rank 0 has spoken."""
     if ranks.rank() > 0:
         time.sleep(PATIENCE)
-    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.stderr.write(f"error: {masked(one_line(error))}\n")
     sys.stderr.flush()
     sys.exit(code)
 
@@ -73,7 +73,7 @@ class Jobs:
                 raise
             if not isinstance(error, BadInput):
                 traceback.print_exc()
-            sys.stderr.write(f"error: job {number} ({told}): {one_line(error)}\n")
+            sys.stderr.write(masked(f"error: job {number} ({told}): {one_line(error)}\n"))
             self.failed.append(f"{number} ({told})")
             self.code = max(self.code, 2) if isinstance(error, BadInput) and self.code != 1 else 1
         finally:
@@ -102,6 +102,9 @@ class BesideBars(logging.StreamHandler):
     @property
     def stream(self) -> TextIO:  # noqa: D102
         return sys.stdout
+
+    def format(self, record: logging.LogRecord) -> str:  # noqa: D102
+        return masked(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
         bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
 import utils
-from tofu.models import chat, families
+from tofu.models import chat, families, pickles
 from tofu.runtime import manifest, provenance
 from utils import BadInput
 
@@ -50,7 +51,8 @@ POINTER = b"version https://git-lfs"  # how the file begins that stands for one 
 
 
 def _check_files(folder: Path) -> None:
-    """Raise BadInput where a folder's weights are GGUF's or were never fetched."""
+    """Raise BadInput where a folder's weights are GGUF's, were never fetched, or lie outside of it."""
+    pickles.check_indexes(folder)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     for file in weights + [folder / "tokenizer.json"]:
         if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER):
@@ -114,6 +116,12 @@ def told(what: str, path: str) -> Iterator[None]:
             raise BadInput(
                 f"{path} needs code of its own (auto_map in its config.json), which is never run here: take a model of "
                 "an architecture that transformers has"
+            ) from None
+        if isinstance(error, UnpicklingError) or "weights_only" in why:
+            todo = "" if what == "adapter" else ", or, if you trust who made them, set allow_pickle=true"
+            raise BadInput(
+                f"the {what} of {path} are in a file that holds more than tensors and could run any code when it is "
+                f"read (a pickle): save them as safetensors{todo}"
             ) from None
         todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
         raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why[:300]}): {todo}") from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import utils
@@ -46,7 +46,7 @@ def problems(folder: str | Path, manifest: Manifest, full: bool) -> list[str]:
     found, same = [], []
     for name, known in manifest.items():
         file = Path(folder) / name
-        if not inside(name):
+        if not utils.inside(name):
             found.append(f"{name} leads out of the folder")
         elif not file.is_file():
             found.append(f"{name} is missing")
@@ -58,12 +58,6 @@ def problems(folder: str | Path, manifest: Manifest, full: bool) -> list[str]:
         hashed = zip(same, digests(Path(folder) / name for name in same), strict=True)
         found += [f"{name} has other content" for name, digest in hashed if digest != manifest[name]["sha256"]]
     return found
-
-
-def inside(name: str) -> bool:
-    """Whether a relative path stays in the folder that it is relative to, by its own words."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and bool(path.parts)
 
 
 def read(folder: Path) -> Manifest | None:
@@ -105,7 +99,7 @@ def check_model(folder: str | Path, key: str) -> None:
             f"{key}={folder} is not finished: the run that made it was stopped before its end (it has a {VERSIONS} and "
             f"no {FINISHED}): start that run again, or name another model"
         )
-    known = {name: one for name, one in (read(folder) or {}).items() if "/" not in name or not inside(name)}
+    known = {name: one for name, one in (read(folder) or {}).items() if "/" not in name or not utils.inside(name)}
     _refuse(f"{key}={folder}", problems(folder, known, trust.now.verify == "full" and ranks.rank() == 0))
 
 

@@ -126,6 +126,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _same(one: str, other: str) -> bool:
     """Whether two texts say one value: equal numbers, or one file named relatively and absolutely."""
+    one, other = utils.masked(one), utils.masked(other)  # as a record has them
     if one.lower() == other.lower():
         return True
     try:
@@ -181,7 +182,7 @@ def versions(cfg: DictConfig | None = None) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "world_size": ranks.world_size(),
-        "command": sys.argv,
+        "command": [utils.masked(arg) for arg in sys.argv],
         "inputs": {} if cfg is None else inputs({key: OmegaConf.select(cfg, key) for key in INPUTS}),
     }
 
@@ -190,7 +191,7 @@ def _git(*args: str) -> str | None:
     """Git's answer about the repository; None where it was installed without git."""
     try:
         done = subprocess.run(["git", "-C", str(utils.REPO), *args], capture_output=True, text=True, timeout=10)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):  # no git, or a disk that takes too long
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

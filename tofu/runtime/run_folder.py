@@ -182,7 +182,7 @@ def _explain(cfg: DictConfig, folder: Path) -> Path:
     """Put versions and config into the folder: a folder with the former is known as this suite's."""
     note(folder, VERSIONS, CONFIG)
     utils.write_json(folder / VERSIONS, provenance.versions(cfg))
-    utils.write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    utils.write_text(folder / CONFIG, utils.masked(OmegaConf.to_yaml(cfg, resolve=True)))
     return folder
 
 
