@@ -46,12 +46,14 @@ class Jobs:
         self.count = 0
         self.failed: list[str] = []
         self.code = 0
+        self.given: frozenset[str] = frozenset()  # keys that the record of a repeated run gave, which are not told
         self.bug: Exception | None = None  # of a single job: it keeps its traceback
 
     def run(self, cfg: DictConfig) -> Any:
         """One job. In a sweep of one process one that fails is noted; of several, ranks might wait for each other."""
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        told = plain(" ".join(HydraConfig.get().overrides.task))
+        task = HydraConfig.get().overrides.task
+        told = plain(" ".join(one for one in task if one.split("=")[0] not in self.given))
         number, self.count = self.count, self.count + 1
         if sweep:
             log.info("job %d: %s", number, told)

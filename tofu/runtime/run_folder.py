@@ -10,13 +10,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import claim, manifest, provenance, ranks
+from tofu.runtime import claim, machine, manifest, provenance, ranks, stages
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)
 
-EXPLAINS = (CONFIG, VERSIONS)  # what a run writes first
+EXPLAINS = (CONFIG, VERSIONS, machine.PATCH)  # what a run writes first
 WRITTEN = "written.txt"  # the files that the run in a folder wrote, by name
 KNOWN = (  # what runs of older versions, which kept no such list, may have written
     *("config.yaml", "versions.json", "finished.json", "config.json", "generation_config.json", "*.safetensors"),
@@ -64,13 +64,15 @@ def start_run(
         return folder
     with _claimed(folder):
         held = _held(folder)
-        if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
+        if held and not {CONFIG, VERSIONS} <= held <= {
+            *EXPLAINS
+        }:  # a run that was refused after its start leaves these two
             if not overwrite:
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
                 raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
             _remove_run(folder, keep)
-        return _explain(cfg, folder)
+        return _explain(cfg, folder, inputs)
 
 
 def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, own: tuple[str, ...]) -> Path:
@@ -88,16 +90,16 @@ def start_evaluation(cfg: DictConfig, save_dir: str | Path, *, overwrite: bool, 
         return folder
     with _claimed(folder):
         held = _held(folder)
-        strange = [name for name in sorted(held - {CONFIG, VERSIONS, FINISHED}) if not any(map(Path(name).match, own))]
+        strange = [name for name in sorted(held - {*EXPLAINS, FINISHED}) if not any(map(Path(name).match, own))]
         if strange or (held and VERSIONS not in held):
             raise BadInput(
                 f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
                 "another save_dir"
             )
         (folder / FINISHED).unlink(missing_ok=True)  # until this one is complete, nothing here is
-        if overwrite and held - {CONFIG, VERSIONS}:
+        if overwrite and held - {*EXPLAINS}:
             log.warning("replacing the evaluation in %s", folder)
-            for name in held & _wrote(folder) - {CONFIG, VERSIONS}:
+            for name in held & _wrote(folder) - {*EXPLAINS}:
                 (folder / name).unlink()
         return _explain(cfg, folder)
 
@@ -115,7 +117,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def undo() -> None:
     """Remove the folders that this process made for runs that were refused before they wrote more than their config."""
-    ours = {CONFIG, VERSIONS, WRITTEN, claim.CLAIM}
+    ours = {*EXPLAINS, WRITTEN, claim.CLAIM}
     for folder in claim.made():
         if {path.name for path in folder.iterdir()} <= ours:
             for name in ours - {claim.CLAIM}:
@@ -178,10 +180,26 @@ def _held(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {WRITTEN, claim.CLAIM}
 
 
-def _explain(cfg: DictConfig, folder: Path) -> Path:
-    """Put versions and config into the folder: a folder with the former is known as this suite's."""
-    note(folder, VERSIONS, CONFIG)
-    utils.write_json(folder / VERSIONS, provenance.versions(cfg))
+def _explain(cfg: DictConfig, folder: Path, read: tuple[str, ...] = ()) -> Path:
+    """Put versions, config and uncommitted changes into the folder: with the first it is known as this suite's.
+
+    Of a run that repeats another one, what differs beside the config is said.
+    """
+    note(folder, *EXPLAINS)
+    found = provenance.versions(cfg, read)
+    if run := provenance.repeated():
+        differ = provenance.changed_since(run, found)
+        log.log(
+            logging.WARNING if differ else logging.INFO,
+            "repeats %s: %s",
+            run,
+            f"these are others than then: {', '.join(differ)}" if differ else "versions, commit and inputs are equal",
+        )
+    utils.write_json(folder / VERSIONS, found)
+    if patch := machine.patch():
+        utils.write_text(folder / machine.PATCH, patch)
+    else:
+        (folder / machine.PATCH).unlink(missing_ok=True)
     utils.write_text(folder / CONFIG, utils.masked(OmegaConf.to_yaml(cfg, resolve=True)))
     return folder
 
@@ -221,12 +239,13 @@ def _is_evaluation(folder: Path) -> bool:
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
     """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only.
 
-    It holds the scores and the manifest of all files that the run wrote.
+    It holds the scores, the stages and the manifest of all files that the run wrote.
     """
     if ranks.rank() == 0:
         folder = Path(save_dir)
         note(folder, FINISHED)
-        utils.write_json(folder / FINISHED, {**scores, manifest.KEY: manifest.manifest(folder, _left(folder))})
+        known = {"stages": stages.take(), manifest.KEY: manifest.manifest(folder, _left(folder))}
+        utils.write_json(folder / FINISHED, {**scores, **known})
         claim.release(folder)
         log.info("finished: %s", save_dir)
 
