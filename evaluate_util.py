@@ -24,8 +24,10 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
-    from tofu.runtime import peers, provenance, run_folder, trained_on
+    from tofu.runtime import peers, provenance, run_folder, stages, trained_on, trust
 
+    trust.settle(cfg)
+    stages.take()
     key = "model_family" if cfg.use_pretrained else "model_path"
     path = folders.resolve(cfg.model_path, key)
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
@@ -47,7 +49,8 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         answers = evaluate.generated(path, engine.bf16, todo)
         evaluate.compare(out, engine, todo)
         set_seed(SEED)
-        model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
+        with stages.stage("loading"):
+            model = loading.load_frozen(path, engine, random_weights=cfg.reinitialize_weights)
     run_folder.going_on(out)
     scores = evaluate(model, out, engine.sharded, fingerprints, todo, answers)
     run_folder.finish_run(out, {**scores, "family": record})

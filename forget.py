@@ -18,7 +18,6 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     """Run one job. Returns its scores, which a sweeper may optimise."""
     cfg = checks.check(cfg, schema.Forget)
     libraries.load_trainer()  # here, so that a refused command line does not wait for the heavy libraries
-    import dataloader
     from tofu.methods import objective
     from tofu.training.job import Job
 
@@ -31,7 +30,7 @@ def main(cfg: DictConfig) -> dict[str, Any]:
         return job.dry_run()
     job.start()
     trainer = job.trainer()
-    return job.finish(trainer, dataloader.fit(trainer))
+    return job.finish(trainer, job.fit(trainer))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -44,6 +44,12 @@ def is_local(path: str | Path) -> bool:
     return Path(find(path)).exists()
 
 
+def inside(name: str) -> bool:
+    """Whether a relative path stays in the folder that it is relative to, by its own words."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name and bool(path.parts)
+
+
 READ = (".jsonl", ".json", ".csv", ".parquet")  # what a file with a split's rows ends with
 
 
@@ -64,6 +70,9 @@ def split_files(data_path: str) -> dict[str, Path] | None:
     named, plain = _card(folder / "README.md")
     if not plain:
         return None
+    for file in named.values():
+        if not inside(file):
+            raise BadInput(f"{folder}/README.md names {file}, which is outside of the folder: copy the file into it")
     found = {name: folder / file for name, file in named.items() if (folder / file).is_file()}
     for path in sorted(folder.iterdir()):
         saved = (path / "state.json").is_file()
@@ -230,6 +239,35 @@ def read_json(path: str | Path, key: str) -> Any:
         return json.loads(Path(find(path)).read_text(encoding="utf-8-sig"))  # some editors write a mark before it
     except ValueError as error:
         raise BadInput(f"{key}={path} is not whole JSON ({error}): make it again") from None
+
+
+MASK = "***"  # stands where a credential stood
+_SECRET = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s'\"@]+@"  # a URL's user and password
+    r"|(?P<name>\b\w*(?:api_?key|secret|passw(?:or)?d|credentials?)[\"']?\s*[=:]\s*[\"']?)[^\s\"',;&}\]]+"
+    r"|(?P<token>\b(?!(?:end|eos|bos|pad|unk)_)(?:\w+_)?token[\"']?\s*[=:]\s*[\"']?)(?=[^\s\"',;&]*\d)[\w./+=-]{8,}"
+    r"|(?P<bearer>\bbearer )[\w./+=-]{8,}"
+    r"|\b(?:hf_|gh[pos]_|glpat-|sk-(?:\w+-)?)[a-z0-9]{16,}|\bgithub_pat_\w{20,}"  # as services' tokens begin
+    r"|\bAKIA[A-Z0-9]{16}\b",
+    re.IGNORECASE,
+)
+_NAMED = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL", re.IGNORECASE)  # of environment variables
+
+
+def masked(text: str) -> str:
+    """A text that may be written down: what looks like a credential is ***.
+
+    These are: a URL's user and password; the value of a key called ...api_key, ...token, ...secret or ...password; what
+    begins as services' tokens do (hf_, ghp_, sk-, ...); and the values of environment variables of such names.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _NAMED.search(name) and not os.path.exists(value):
+            text = text.replace(value, MASK)
+    return _SECRET.sub(lambda found: f"{''.join(part or '' for part in found.groups())}{MASK}{_at(found)}", text)
+
+
+def _at(found: re.Match[str]) -> str:
+    return "@" if found["scheme"] else ""
 
 
 def one_line(error: object) -> str:

@@ -78,9 +78,9 @@ def of_model(path: str, family: families.Family, tokenizer, weights: bool) -> It
     from tofu.models import forward
 
     if weights:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     else:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
         text.num_hidden_layers = 2
         if getattr(text, "layer_types", None):

@@ -89,6 +89,24 @@ def quantised(method: str) -> Callable[[Path], None]:
     return config(quantization_config={"quant_method": method, "bits": 4, "group_size": 128})
 
 
+def outside(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../other/model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def altered(folder: Path) -> None:
+    """A finished run of which a file was lost."""
+    known = {"manifest": {"tokenizer.json": {"size": 1, "sha256": ""}}}
+    (folder / "finished.json").write_text(json.dumps(known))
+    (folder / "tokenizer.json").unlink()
+
+
+def code(folder: Path) -> None:
+    """Weights in a pickle that holds an object of a class."""
+    torch.save({"model": Path("x")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 MODELS = {  # folder -> what is done to a copy of the tiny random model
     "no_config": lose("config.json"),
     "no_tokenizer": lose("tokenizer*", "special_tokens_map.json"),
@@ -116,6 +134,12 @@ MODELS = {  # folder -> what is done to a copy of the tiny random model
     "adapter_other_shape": lambda folder: adapter(folder, r=4),
     "adapter_good": adapter,
     "adapter_on_adapter": lambda folder: adapter(folder, base="adapter_good"),
+    "outside_index": outside,
+    "unfinished": lambda folder: (
+        [(folder / name).write_text("{}") for name in ("versions.json", "config.yaml")] and None
+    ),
+    "altered": altered,
+    "code_in_weights": code,
     "phi_run": lambda folder: (
         (folder / "tofu_family.json").write_text(
             json.dumps(
@@ -224,6 +248,9 @@ TITLES = {
         (F, "optim=adamm", "optim=adamm"),
         (F, "optim=paged_ademamix_8bit", "bitsandbytes cannot step on cpu"),
         (F, "dry_run=true eval_only=true", "trains nothing"),
+        (F, "verify=hashes", "verify=hashes is unknown"),
+        (F, "forget_loss.name=../x", "it names the run's folder"),
+        (F, "from=own", "holds no run of this suite"),
         (F, "report_to=mlflow", "report_to=mlflow"),
         (F, "forget_loss.forget=npoo", "did you mean npo?"),
         (F, "forget_loss=npo forget_loss.forget_args.beta=0", "above 0"),
@@ -276,6 +303,10 @@ TITLES = {
         (E, "model_path=awq", "awq"),
         (E, "model_path=gguf", "GGUF"),
         (E, "model_path=gguf_alone", "GGUF"),
+        (E, "model_path=outside_index", "outside of the folder"),
+        (E, "model_path=unfinished", "is not finished"),
+        (E, "model_path=altered", "tokenizer.json is missing"),
+        (E, "model_path=code_in_weights", "allow_pickle=true"),
         (E, "model_path=remote_code", "code of its own"),
         (E, "model_path=broken_config", "broken_config"),
         (E, "model_path=unknown_type", "no_such_type"),

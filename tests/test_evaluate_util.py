@@ -110,9 +110,12 @@ def test_columns_of_the_benchmark(model_folder, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*log, *beside}
 
 
-def contents(folder) -> dict[str, bytes]:
+def contents(folder) -> dict[str, object]:
     """What an evaluation leaves, but for what says when and how it was called."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in ("versions.json", "config.yaml")}
+    scores = json.loads((folder / "finished.json").read_text())
+    named = {key: value for key, value in scores.items() if key not in ("manifest", "stages")}
+    others = ("versions.json", "config.yaml", "finished.json")
+    return {**{p.name: p.read_bytes() for p in folder.iterdir() if p.name not in others}, "finished.json": named}
 
 
 def test_nothing_is_evaluated_twice(evaluated, monkeypatch, caplog, capsys):

@@ -34,7 +34,8 @@ def test_it_learns_its_rows(finetuned, model_folder):
     assert all(not torch.equal(before[name], after[name]) for name in before)
     finished = json.loads((folder / "finished.json").read_text())
     assert finished.pop("family")["model_family"] == "tiny"
-    assert finished == scores and finished["train_loss"] == pytest.approx(sum(x["loss"] for x in lines) / 4, rel=1e-4)
+    assert set(finished) - set(scores) <= {"manifest", "stages"} and scores.items() <= finished.items()
+    assert finished["train_loss"] == pytest.approx(sum(x["loss"] for x in lines) / 4, rel=1e-4)
 
 
 def test_adapters_are_merged(finetuned, model_folder):

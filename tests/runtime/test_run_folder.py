@@ -10,7 +10,7 @@ from helpers import REPO
 from omegaconf import OmegaConf
 
 import utils
-from tofu.runtime import claim, provenance, run_folder
+from tofu.runtime import claim, machine, provenance, run_folder
 
 CFG = OmegaConf.create({"lr": 1e-5})
 
@@ -23,7 +23,7 @@ def no_claims():
 
 def names(folder):
     """What is in a folder beside the run's own notes."""
-    return {path.name for path in folder.iterdir()} - {run_folder.WRITTEN, claim.CLAIM}
+    return {path.name for path in folder.iterdir()} - {run_folder.WRITTEN, claim.CLAIM, machine.PATCH}
 
 
 def start(folder, **changes):
@@ -106,7 +106,7 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path, list_ke
             path.unlink()
     start(tmp_path, overwrite=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*mine, "config.yaml", "versions.json", run_folder.WRITTEN, claim.CLAIM}
+    assert left - {machine.PATCH} == {*mine, "config.yaml", "versions.json", run_folder.WRITTEN, claim.CLAIM}
 
 
 class TestClaims:

@@ -128,7 +128,7 @@ class TestFolders:
         assert known == {"a/b": {"size": 3, "sha256": provenance.digest("one")}}
         (tmp_path / "a" / "b").write_text("two")
         assert manifest.problems(tmp_path, known, full=False) == []
-        assert manifest.problems(tmp_path, known, full=True) == ["a/b has other bytes"]
+        assert manifest.problems(tmp_path, known, full=True) == ["a/b has other content"]
         (tmp_path / "a" / "b").unlink()
         assert manifest.problems(tmp_path, known, full=False) == ["a/b is missing"]
 

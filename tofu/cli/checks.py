@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
+from tofu.cli import names
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -33,7 +34,7 @@ from tofu.cli.schema import (
 )
 from tofu.evaluation import vllm_backend
 from tofu.models import families
-from tofu.runtime import ranks, resumption
+from tofu.runtime import ranks, resumption, trust
 from utils import BadInput, choice, no_key, one_line
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def _check_run(cfg: DictConfig) -> None:
 def _check_engine(cfg: DictConfig, prefix: str = "") -> None:
     choice(f"{prefix}engine", cfg.engine, ENGINES)
     choice(f"{prefix}precision", cfg.precision, PRECISIONS)
+    choice(f"{prefix}verify", cfg.verify, trust.VERIFY)
     if cfg.engine == "fsdp" and ranks.world_size() < 2:
         raise BadInput(
             f"{prefix}engine=fsdp shards a model over processes and there is 1: start it with torchrun, or engine=ddp"
@@ -188,6 +190,7 @@ def _check_forget(cfg: DictConfig) -> None:
     _check_run(cfg)
     method = cfg.forget_loss
     utils.at_least(cfg, 0, "forget_loss.forget_weight", "forget_loss.retain_weight")
+    names.check_method(method.name)
     if cfg.eval_only and (cfg.LoRA.quantize or cfg.attention != "auto"):
         raise BadInput("eval_only=true evaluates the model as it is: leave out LoRA.quantize and attention")
     cfg.model_path = _model_path(cfg.model_path, cfg.model_family, cfg.data_path)
@@ -254,7 +257,7 @@ def _fit_own(name: str, keys: type, own: dict[str, Any]) -> dict[str, Any]:
 
 
 # what a run and its own evaluations have in common, because it is the model in memory that is evaluated
-FOLLOWERS = ("model_family", "model_path", "engine", "ds_config", "precision", "save_dir")
+FOLLOWERS = ("model_family", "model_path", "engine", "ds_config", "precision", "verify", "allow_pickle", "save_dir")
 
 
 def _check_followers(cfg: DictConfig) -> None:
@@ -330,11 +333,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
                 "entry a set (or one string for all)"
             )
     cfg.split_list = [_perturbed(split) for split in cfg.split_list]
-    if len(set(cfg.eval_task)) < sets or not sets or any("/" in name or not name for name in cfg.eval_task):
-        raise BadInput(
-            f"{prefix}eval_task={list(cfg.eval_task)}: it must name a log for each set, none twice; one of your own "
-            "is eval_log_NAME"
-        )
+    names.check_tasks(list(cfg.eval_task), sets, prefix)
     _check_holdout(cfg, prefix)
 
 

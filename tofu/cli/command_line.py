@@ -21,6 +21,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tofu.cli import repeat
 from tofu.cli.checks import CHECKS, check, told
 from tofu.cli.jobs import BesideBars, Jobs, plain, stop
 from tofu.cli.schema import CONFIG_DIR, Finetune, Forget
@@ -97,9 +98,10 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
                     _check_fits(name, config_name, argv)
+                    whole, jobs.given = repeat.expanded(argv, name, config_name)
                     if {"--multirun", "-m"} & set(argv[1:]):
-                        _check_sweep(name, _theirs(argv[1:]))
-                    sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
+                        _check_sweep(name, _theirs(whole[1:]))
+                    sys.argv = [argv[0], *_ordered(whole[1:], _overrides(scratch))]
                     with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
                         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
                 if ranks.rank() == 0:

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tofu.runtime import claim, peers, ranks, run_folder, signals
-from utils import BadInput, one_line
+from utils import BadInput, masked, one_line
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def stop(error: BadInput, code: int = 2) -> None:
     signals.clear()  # what ends this process now is no request
     if not _speaks():
         sys.exit(code)
-    sys.stderr.write(f"error: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{one_line(error)}\n")
+    sys.stderr.write(masked(f"error: {f'rank {ranks.rank()}: ' if ranks.rank() else ''}{one_line(error)}\n"))
     sys.stderr.flush()
     sys.exit(code)
 
@@ -58,12 +58,14 @@ class Jobs:
         self.count = 0
         self.failed: list[str] = []
         self.code = 0
+        self.given: frozenset[str] = frozenset()  # keys that the record of a repeated run gave, which are not told
         self.bug: Exception | None = None  # of a single job: it keeps its traceback
 
     def run(self, cfg: DictConfig) -> Any:
         """One job. In a sweep of one process one that fails is noted; of several, ranks might wait for each other."""
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        told = plain(" ".join(HydraConfig.get().overrides.task))
+        task = HydraConfig.get().overrides.task
+        told = plain(" ".join(one for one in task if one.split("=")[0] not in self.given))
         number, self.count = self.count, self.count + 1
         if sweep:
             log.info("job %d: %s", number, told)
@@ -101,7 +103,7 @@ class Jobs:
             raise error
         if cause is None and not isinstance(error, BadInput):
             traceback.print_exc()
-        sys.stderr.write(f"error: job {job}: {cause or one_line(error)}\n")
+        sys.stderr.write(masked(f"error: job {job}: {cause or one_line(error)}\n"))
         self.failed.append(job)
         self.code = max(self.code, 2) if isinstance(error, BadInput) and self.code != 1 else 1
 
@@ -151,6 +153,9 @@ class BesideBars(logging.StreamHandler):
     @property
     def stream(self) -> TextIO:  # noqa: D102
         return sys.stdout
+
+    def format(self, record: logging.LogRecord) -> str:  # noqa: D102
+        return masked(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
         bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None

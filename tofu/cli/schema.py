@@ -57,6 +57,8 @@ class Run:
     checkpoint_every: Any = MISSING
     resume: Any = MISSING
     save_total_limit: int = MISSING
+    verify: str = MISSING
+    allow_pickle: bool = MISSING
     overwrite_dir: bool = MISSING
     dry_run: bool = MISSING
     save_dir: str = MISSING
@@ -163,6 +165,8 @@ class Evaluate:
     compat: str | None = None
     holdout: Holdout = field(default_factory=Holdout)
     reference_model: str | None = None
+    verify: str = MISSING
+    allow_pickle: bool = MISSING
     progress: bool = MISSING
     save_dir: str = MISSING
 

@@ -37,7 +37,7 @@ from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.retain_log import load_retain_log
 from tofu.evaluation.sets import Task, check_words, load_sets, prepare, reach
 from tofu.models.engines import Engine
-from tofu.runtime import ranks, run_folder, signals, trained_on
+from tofu.runtime import ranks, run_folder, signals, stages, trained_on
 from tofu.runtime.trained_on import Taught
 
 log = logging.getLogger(__name__)
@@ -367,7 +367,7 @@ class Evaluator:
         answers: Mapping[str, list[list[int]]] | None = None,
     ) -> dict[str, Any]:
         """Evaluate `model` into `save_dir`; see `evaluate`."""
-        self.scores = evaluate(
+        self.scores = stages.stage("evaluation")(evaluate)(
             model,
             self.tokenizer,
             self.tasks,

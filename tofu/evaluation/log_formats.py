@@ -16,6 +16,7 @@ from tofu.evaluation import logs
 from tofu.evaluation.logs import RIGHT, TASKS, WRONG
 from tofu.evaluation.metrics import privacy
 from tofu.evaluation.metrics.declared import Statistics, Value
+from tofu.runtime import manifest
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,12 @@ def read(path: str, key: str) -> Mapping[str, Any]:
     """The aggregated log in a file that the user named, whichever suite wrote it.
 
     Raises:
-        BadInput: no such file, not whole JSON, or no evaluation log; `key` is the config key to name.
+        BadInput: no such file, not whole JSON, no evaluation log, or not as its run left it; `key` is the config key to
+            name.
     """
-    raw = utils.read_json(log_in(path), key)
+    path = log_in(path)
+    manifest.check_file(utils.find(path), key)
+    raw = utils.read_json(path, key)
     try:
         return as_aggregated(raw)
     except ValueError as error:
@@ -140,6 +144,7 @@ def metrics_beside(path: str | None, key: str) -> dict[str, Any] | None:
     log_file = Path(utils.find(log_in(path)))
     found: dict[str, Any] = {}
     for file in dict.fromkeys((log_file, log_file.with_name(EVAL), log_file.with_name(METRICS))):
+        manifest.check_file(file, key)
         raw = utils.read_json(file, key) if file.is_file() else None
         if isinstance(raw, Mapping):
             found |= raw if file.name == METRICS else metrics_of(raw)

@@ -14,7 +14,7 @@ from tofu.evaluation.metrics import collapse
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.evaluation.sets import Task
 from tofu.models import families
-from tofu.runtime import provenance
+from tofu.runtime import manifest, provenance
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def _file(path: str, key: str) -> Path:
 def _read(path: str, key: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """The metrics and the log of an evaluation, of which one is named; the other is taken where it lies beside."""
     file = _file(path, key)
+    manifest.check_file(file, key)
     raw = utils.read_json(file, key)
     if _are_metrics(raw):
         beside = file.with_name(logs.AGGREGATED)

@@ -142,7 +142,8 @@ def _ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     from tofu.evaluation import inference
 
-    return inference.end_tokens(AutoModelForCausalLM.from_pretrained(path, device_map="meta"), tokenizer)
+    shell = AutoModelForCausalLM.from_pretrained(path, device_map="meta", trust_remote_code=False)
+    return inference.end_tokens(shell, tokenizer)
 
 
 def _run(asked: dict) -> list[list[int]]:

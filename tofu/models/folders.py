@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
 import utils
-from tofu.models import chat, families
-from tofu.runtime import provenance
+from tofu.models import chat, families, pickles
+from tofu.runtime import manifest, provenance
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,13 @@ def resolve(path: str, key: str) -> str:
     """A model's folder or hub id, known to be reachable; of a folder with an adapter, its base too.
 
     Raises:
-        BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; `key` is the config
-            key to name.
+        BadInput: `path` is neither a folder with a model, nor in the hub's cache, nor on the hub; or a run's folder
+            that is not whole (`manifest.check_model`). `key` is the config key to name.
     """
     key = "hf_key" if key == "model_family" else key  # whose value stands in config/model_config.yaml
     if utils.is_local(path):
         folder = Path(utils.find(path))
+        manifest.check_model(folder, key)
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             _check_files(folder)
             raise BadInput(f"{key}={path} holds no model: there is neither config.json nor adapter_config.json in it")
@@ -49,7 +51,8 @@ POINTER = b"version https://git-lfs"  # how the file begins that stands for one 
 
 
 def _check_files(folder: Path) -> None:
-    """Raise BadInput where a folder's weights are GGUF's or were never fetched."""
+    """Raise BadInput where a folder's weights are GGUF's, were never fetched, or lie outside of it."""
+    pickles.check_indexes(folder)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     for file in weights + [folder / "tokenizer.json"]:
         if file.is_file() and file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER):
@@ -134,6 +137,12 @@ def told(what: str, path: str) -> Iterator[None]:
             raise BadInput(
                 f"{path} needs code of its own (auto_map in its config.json), which is never run here: take a model of "
                 "an architecture that transformers has"
+            ) from None
+        if isinstance(error, UnpicklingError) or "weights_only" in why:
+            todo = "" if what == "adapter" else ", or, if you trust who made them, set allow_pickle=true"
+            raise BadInput(
+                f"the {what} of {path} are in a file that holds more than tensors and could run any code when it is "
+                f"read (a pickle): save them as safetensors{todo}"
             ) from None
         todo = "save or copy it again" if Path(path).is_dir() else f"hf download {path} fetches it whole"
         raise BadInput(f"the {what} of {path} cannot be loaded ({type(error).__name__}: {why[:300]}): {todo}") from None

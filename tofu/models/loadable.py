@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available, is_liger_kernel_available
 
 import utils
-from tofu.models import architectures, varlen
+from tofu.models import architectures, pickles, varlen
 from tofu.models.engines import Engine
 from tofu.models.folders import base_of, config_of, is_adapter, told
 from utils import BadInput
@@ -149,9 +149,7 @@ def _check_weights(path: str) -> PreTrainedModel:
     transformers.logging.set_verbosity_error()  # it prints a table of what is missing: one line of ours says it
     try:
         with told("weights", path):
-            shell, found = AutoModelForCausalLM.from_pretrained(
-                path, device_map="meta", trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            shell, found = pickles.from_folder(path, device_map="meta", ignore_mismatched_sizes=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
     check_filled(path, found)

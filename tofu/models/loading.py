@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from tofu.models import varlen
+from tofu.models import pickles, varlen
 from tofu.models.engines import Engine
 from tofu.models.folders import base_of, is_adapter
 from tofu.models.loadable import check_filled, check_loadable
@@ -56,12 +56,12 @@ def load(
     whole = base_of(path) if adapter else path
     if random_weights:
         kwargs.pop("device_map", None)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole), **kwargs)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole, trust_remote_code=False), **kwargs)
     if shard:
         kwargs["distributed_config"] = DistributedConfig(
             fsdp_size=ranks.world_size(), fsdp_mixed_precision=bf16_compute
         )
-    model, found = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **kwargs)
+    model, found = pickles.from_folder(whole, **kwargs)
     check_filled(whole, found)
     for module in model.modules() if quantize else ():
         if hasattr(module, "support_avx512bf16_for_cpu"):

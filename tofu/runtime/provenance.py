@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import subprocess
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import ranks
+from tofu.runtime import machine, ranks
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ NOT_SETTINGS = (
     "overwrite",
     "overwrite_dir",
     "dry_run",
+    "verify",
+    "allow_pickle",
     "progress",
     "logging_steps",
     "report_to",
@@ -136,6 +138,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _same(one: str, other: str) -> bool:
     """Whether two texts say one value: equal numbers, or one file named relatively and absolutely."""
+    one, other = utils.masked(one), utils.masked(other)  # as a record has them
     if one.lower() == other.lower():
         return True
     try:
@@ -197,26 +200,96 @@ def started_from(folder: str | Path) -> str | None:
     return str(named if named.exists() else next(above, named))
 
 
-def versions(cfg: DictConfig | None = None) -> dict[str, Any]:
-    """The versions, commit, command and, with a run's config, inputs that its numbers came from."""
+def versions(cfg: DictConfig | None = None, read: Sequence[str] = ()) -> dict[str, Any]:
+    """The versions, commit, command, machine and, with a run's config, inputs that its numbers came from.
+
+    Args:
+        read: local paths that the run reads besides those that its config names: the model that it starts from.
+    """
+    known = {} if cfg is None else inputs({key: OmegaConf.select(cfg, key) for key in INPUTS})
+    paths = (*read, *([cfg.model_path] if cfg is not None and cfg.get("model_path") else []))
     return {
         "python": sys.version.split()[0],
         **{name: importlib.metadata.version(name) for name in RECORDED},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": (machine.git("rev-parse", "HEAD") or "").strip() or None,
+        "uncommitted_changes": bool(machine.git("status", "--porcelain", "--untracked-files=no")),
         "world_size": ranks.world_size(),
-        "command": sys.argv,
-        "inputs": {} if cfg is None else inputs({key: OmegaConf.select(cfg, key) for key in INPUTS}),
+        "command": [utils.masked(arg) for arg in sys.argv],
+        "directory": os.getcwd(),
+        "hardware": machine.hardware(),
+        "inputs": known,
+        "models": {utils.masked(str(path)): found for path in paths if (found := model_digest(path))},
+        "data": {} if cfg is None else data_digests(cfg),
     }
 
 
-def _git(*args: str) -> str | None:
-    """Git's answer about the repository; None where it was installed without git."""
-    try:
-        done = subprocess.run(["git", "-C", str(utils.REPO), *args], capture_output=True, text=True, timeout=10)
-    except OSError:
+OF_A_MODEL = ("*.safetensors", "*.bin", "*.json", "tokenizer*", "vocab*", "merges*")
+
+
+def model_digest(path: str) -> str | None:
+    """What tells a model's folder from another one: of a run's, its finished.json, whose manifest covers the weights.
+
+    Of a plain folder the names and sizes of a model's files and the content of its config.json: 14 GB are not hashed.
+    None: no folder.
+    """
+    folder = Path(utils.find(path))
+    if not folder.is_dir():
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    if (folder / FINISHED).is_file():
+        return file_digest(folder / FINISHED)
+    files = sorted({file for pattern in OF_A_MODEL for file in folder.glob(pattern)})
+    listing = [f"{file.name} {file.stat().st_size}" for file in files]
+    config = folder / "config.json"
+    return digest("\n".join([*listing, file_digest(config) if config.is_file() else ""]))
+
+
+def data_digests(cfg: DictConfig) -> dict[str, str | None]:
+    """Of each split that a config names, "DATA_PATH SPLIT", the sha256 of its file, or the hub's commit.
+
+    None where neither can be told.
+    """
+    named = [(cfg.data_path, cfg.get(key)) for key in ("split", "retain_split")] if "LoRA" in cfg else []
+    watched = cfg if "split_list" in cfg else cfg.get("eval")
+    if watched is not None and (watched is cfg or cfg.get("eval_only") or cfg.get("eval_while_train")):
+        named += list(zip(watched.data_path, watched.split_list, strict=True))
+    return {utils.masked(f"{path} {split}"): _data_digest(path, split) for path, split in named if split}
+
+
+def _data_digest(path: str, split: str) -> str | None:
+    if not utils.is_local(path):
+        place = utils.snapshot(path)
+        return Path(place).name if place else None
+    file = (utils.split_files(path) or {}).get(split)
+    if file is None:
+        return None
+    files = [file] if file.is_file() else sorted(one for one in file.rglob("*") if one.is_file())
+    return file_digest(file) if file.is_file() else digest("".join(map(file_digest, files)))
+
+
+REPEATS = "from"  # of a command line, from=RUN: the run that this one repeats (tofu/cli/repeat.py)
+
+
+def repeated() -> Path | None:
+    """The run that this command line repeats; None where it repeats none."""
+    found = [arg.partition("=")[2] for arg in sys.argv[1:] if arg.startswith(f"{REPEATS}=")]
+    return Path(utils.find(found[-1])) if found else None
+
+
+NO_NUMBER = ("command", "directory", "uncommitted_changes")  # of versions.json: they say nothing of the numbers
+
+
+def changed_since(run: Path, now: Mapping[str, Any]) -> list[str]:
+    """What of a run's versions.json is otherwise now: versions, commit, machine, digests of models and data."""
+    file = run / VERSIONS
+    then = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = []
+    for key in then.keys() & now.keys() - {*NO_NUMBER}:
+        old, new = then[key], now[key]
+        if isinstance(old, dict) and key in ("inputs", "models", "data"):
+            found += [f"{key}: {name}" for name in differing(old, new) if name in old]
+        elif old != new:
+            found.append(key if isinstance(old, dict) else f"{key} ({old}, now {new})")
+    return sorted(found)
 
 
 def kept(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -12,13 +12,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import utils
-from tofu.runtime import claim, provenance, ranks, resumption, signals
+from tofu.runtime import claim, machine, manifest, provenance, ranks, resumption, signals, stages
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 from tofu.runtime.signals import INTERRUPTED, Interrupted
 from utils import ASIDE, BadInput
 
 log = logging.getLogger(__name__)
 
+EXPLAINS = (CONFIG, VERSIONS, machine.PATCH)  # what a run writes first
 WRITTEN = "written.txt"  # the files that the run in a folder wrote, by name
 KNOWN = (  # what runs of older versions, which kept no such list, may have written
     *("config.yaml", "versions.json", "finished.json", "config.json", "generation_config.json", "*.safetensors"),
@@ -33,6 +34,7 @@ KNOWN = (  # what runs of older versions, which kept no such list, may have writ
         "trained_on.json",
     ),
 )
+ALTERABLE = "aggregate_stat.csv"  # aggregate_eval_stat.py may append to it: no part of the manifest
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 
 
@@ -73,15 +75,17 @@ def start_run(
         return folder
     with _claimed(folder):
         held = _held(folder)
-        if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
+        if held and not {CONFIG, VERSIONS} <= held <= {
+            *EXPLAINS
+        }:  # a run that was refused after its start leaves these
             if not overwrite and resume is not None and _interrupted(cfg, folder, held, resume, keep):
-                return _explain(cfg, folder)
+                return _explain(cfg, folder, inputs)
             if not overwrite:
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
                 raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
             _remove_run(folder, keep)
-        return _explain(cfg, folder)
+        return _explain(cfg, folder, inputs)
 
 
 def start_evaluation(
@@ -102,15 +106,15 @@ def start_evaluation(
         return folder
     with _claimed(folder):
         held = _held(folder)
-        ours = {CONFIG, VERSIONS, FINISHED, INTERRUPTED}
+        ours = {*EXPLAINS, FINISHED, INTERRUPTED}
         strange = [name for name in sorted(held - ours) if not any(map(Path(name).match, own))]
         if strange or (held and VERSIONS not in held):
             raise BadInput(
                 f"save_dir={save_dir} holds something else than an evaluation ({(strange or sorted(held))[0]}): name "
                 "another save_dir"
             )
-        if overwrite and held - {CONFIG, VERSIONS}:
-            kept = {CONFIG, VERSIONS} if FINISHED in held else {CONFIG, VERSIONS, INTERRUPTED, *keep}
+        if overwrite and held - {*EXPLAINS}:
+            kept = {*EXPLAINS} if FINISHED in held else {*EXPLAINS, INTERRUPTED, *keep}
             (folder / FINISHED).unlink(missing_ok=True)  # first: until this one is complete, nothing here is
             if FINISHED in held:
                 log.warning("replacing the evaluation in %s", folder)
@@ -165,7 +169,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def undo() -> None:
     """Remove the folders that this process made for runs that were refused before they wrote more than their config."""
-    ours = {CONFIG, VERSIONS, WRITTEN, claim.CLAIM}
+    ours = {*EXPLAINS, WRITTEN, claim.CLAIM}
     for folder in claim.made():
         if {path.name for path in folder.iterdir()} <= ours:
             for name in ours - {claim.CLAIM}:
@@ -231,15 +235,31 @@ def _wrote(folder: Path) -> set[str]:
 def _held(folder: Path) -> set[str]:
     """The names in a folder, without what a killed write left aside, which is removed, and without our own notes."""
     for path in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return {path.name for path in folder.iterdir()} - {WRITTEN, claim.CLAIM}
 
 
-def _explain(cfg: DictConfig, folder: Path) -> Path:
-    """Put versions and config into the folder: a folder with the former is known as this suite's."""
-    note(folder, VERSIONS, CONFIG)
-    utils.write_json(folder / VERSIONS, provenance.versions(cfg))
-    utils.write_text(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+def _explain(cfg: DictConfig, folder: Path, read: tuple[str, ...] = ()) -> Path:
+    """Put versions, config and uncommitted changes into the folder: with the first it is known as this suite's.
+
+    Of a run that repeats another one, what differs beside the config is said.
+    """
+    note(folder, *EXPLAINS)
+    found = provenance.versions(cfg, read)
+    if run := provenance.repeated():
+        differ = provenance.changed_since(run, found)
+        log.log(
+            logging.WARNING if differ else logging.INFO,
+            "repeats %s: %s",
+            run,
+            f"these are others than then: {', '.join(differ)}" if differ else "versions, commit and inputs are equal",
+        )
+    utils.write_json(folder / VERSIONS, found)
+    if patch := machine.patch():
+        utils.write_text(folder / machine.PATCH, patch)
+    else:
+        (folder / machine.PATCH).unlink(missing_ok=True)
+    utils.write_text(folder / CONFIG, utils.masked(OmegaConf.to_yaml(cfg, resolve=True)))
     return folder
 
 
@@ -248,7 +268,7 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
     resumption.remove(folder)
-    for path in [path for path in folder.iterdir() if path.is_dir()]:
+    for path in _folders(folder):
         if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
             _remove_evaluations(path)
     for name in _wrote(folder) - {VERSIONS, WRITTEN, *keep}:  # with VERSIONS it stays known as this suite's
@@ -259,13 +279,17 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
 
 def _remove_evaluations(folder: Path) -> None:
     """Remove the files that evaluations left in a folder and in those below it, and what is empty then."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            _remove_evaluations(path)
+    for path in _folders(folder):
+        _remove_evaluations(path)
     for name in _wrote(folder):
         (folder / name).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder; a link leads elsewhere, where nothing is removed."""
+    return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def _is_evaluation(folder: Path) -> bool:
@@ -297,12 +321,22 @@ def interrupt(stop: Interrupted) -> None:
 def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
     """Write `finished.json`, the last file of a run: that it is there is what "complete" means. Rank 0 only.
 
-    Checkpoints to go on from are removed after it: a kill in between must not cost the training.
+    It holds the scores, the stages and the manifest of all files that the run wrote. Checkpoints to go on from are
+    removed after it: a kill in between must not cost the training.
     """
     if ranks.rank() == 0:
-        going_on(save_dir)
-        note(save_dir, FINISHED)
-        utils.write_json(Path(save_dir) / FINISHED, scores)
-        resumption.remove(Path(save_dir))
-        claim.release(Path(save_dir))
+        folder = Path(save_dir)
+        going_on(folder)
+        note(folder, FINISHED)
+        known = {"stages": stages.take(), manifest.KEY: manifest.manifest(folder, _left(folder))}
+        utils.write_json(folder / FINISHED, {**scores, **known})
+        resumption.remove(folder)
+        claim.release(folder)
         log.info("finished: %s", save_dir)
+
+
+def _left(folder: Path) -> list[str]:
+    """The files that the run in a folder wrote and that stay as they are, also into its folders checkpoint-STEP."""
+    places = [folder, *(path for path in _folders(folder) if path.name.startswith("checkpoint-"))]
+    found = [path.relative_to(folder) / name for path in places if (path / WRITTEN).is_file() for name in _wrote(path)]
+    return [str(name) for name in found if name.name not in (FINISHED, WRITTEN, ALTERABLE)]

@@ -15,7 +15,7 @@ from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import peers, ranks, resumption, run_folder, signals, trained_on
+from tofu.runtime import peers, ranks, resumption, run_folder, signals, stages, trained_on, trust
 from tofu.training import checkpoints, forecast, optimisation
 from utils import BadInput
 
@@ -42,6 +42,8 @@ class Job:
         Raises:
             BadInput: no such model, no tokenizer that the suite can use, or a family with other tags than the model's.
         """
+        trust.settle(cfg)
+        stages.take()
         self.cfg, self.method = cfg, method
         self.path = folders.resolve(path, key)
         self.tokenizer, self.family, self.record = folders.load_asked(self.path, cfg.model_family, key)
@@ -181,11 +183,12 @@ class Job:
         """Compute what the method needs of the reference model, load the model to train, and put it into a Trainer."""
         cfg, method = self.cfg, self.method
         weights = optimisation.weights_type(self.engine, cfg.LoRA, cfg.optim)
-        compares = references.of_run(
-            self.out, cfg, self.path, self.engine, self.attention, self.data, method.terms, weights
-        )
-        if self.evaluator is not None:
-            self.evaluator.compare(self.out, self.engine)
+        with stages.stage("reference pass"):
+            compares = references.of_run(
+                self.out, cfg, self.path, self.engine, self.attention, self.data, method.terms, weights
+            )
+            if self.evaluator is not None:
+                self.evaluator.compare(self.out, self.engine)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
         trainer = checkpoints.Resumable(
@@ -204,6 +207,7 @@ class Job:
         run_folder.going_on(self.out)
         return trainer
 
+    @stages.stage("loading")
     def _load(self, weights: Any) -> PreTrainedModel:
         """The model to train: all its weights, or adapters in float32 that are drawn from the seed."""
         lora = self.cfg.LoRA
@@ -224,6 +228,11 @@ class Job:
             self.evaluate(trainer.model, step)
         except signals.Interrupted as stop:
             trainer.save_and_stop(stop)
+
+    @stages.stage("training")
+    def fit(self, trainer: dataloader.TofuTrainer) -> dict[str, float]:
+        """Train (`dataloader.fit`)."""
+        return dataloader.fit(trainer)
 
     def evaluate(self, model: PreTrainedModel, step: int, answers: Any = None) -> dict[str, Any]:
         """The scores of the model in memory; its logs go to checkpoint-STEP in the run's folder.
@@ -254,7 +263,9 @@ class Job:
         peers.join()
         answers = self.evaluator.generated(self.path, self.engine.bf16)
         self.evaluator.compare(self.out, self.engine)
-        scores = self.evaluate(loading.load_frozen(self.path, self.engine), 0, answers)
+        with stages.stage("loading"):
+            model = loading.load_frozen(self.path, self.engine)
+        scores = self.evaluate(model, 0, answers)
         run_folder.finish_run(self.out, {**scores, "family": self.record})
         return scores
 
@@ -270,9 +281,10 @@ class Job:
     def _finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
         if self.cfg.get("save_model", True):
             change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
-            saving.save(
-                trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, family=self.record, change=change
-            )
+            with stages.stage("saving"):
+                saving.save(
+                    trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, family=self.record, change=change
+                )
         trained_on.write(self.out, self.taught_here)
         scores = self.evaluator.scores if self.evaluator is not None else {}
         done = {**trained, **self.method.result(), **scores}
