@@ -77,7 +77,7 @@ def start_run(
         held = _held(folder)
         if held and not {CONFIG, VERSIONS} <= held <= {
             *EXPLAINS
-        }:  # a run that was refused after its start leaves these
+        }:  # these a refused run leaves
             if not overwrite and resume is not None and _interrupted(cfg, folder, held, resume, keep):
                 return _explain(cfg, folder, inputs)
             if not overwrite:
