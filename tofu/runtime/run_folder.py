@@ -30,6 +30,8 @@ KNOWN = (  # what runs of older versions, which kept no such list, may have writ
         "trained_on.json",
     ),
 )
+CURVE = "trainer_state.json"  # the training log, written as it grows
+BEST = "best-"  # begins the name of the folder that keeps the best epoch's weights while a run goes on
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 
 
@@ -63,7 +65,7 @@ def start_run(
     with _claimed(folder):
         held = _held(folder)
         if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
-            if not overwrite:
+            if not overwrite and held != {CONFIG, VERSIONS, CURVE}:  # and a killed one these three
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
                 raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")
@@ -161,6 +163,18 @@ def note(folder: str | Path, *names: str) -> None:
         out.writelines(f"{name}\n" for name in names if name not in known)
 
 
+def write_curve(folder: str | Path, state: Any) -> None:
+    """Write the training log, whole or not at all, once it has a line. Rank 0 only.
+
+    Args:
+        state: the Trainer's (`transformers.TrainerState`).
+    """
+    if state.log_history and ranks.rank() == 0:
+        note(folder, CURVE)
+        with utils.atomic(Path(folder) / CURVE) as aside:
+            state.save_to_json(str(aside))
+
+
 def _wrote(folder: Path) -> set[str]:
     """The files in a folder that a run of this suite wrote; without a list, those with names that runs give."""
     there = {path.name for path in folder.iterdir() if not path.is_dir()}
@@ -189,7 +203,7 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     log.warning("replacing the run in %s", folder)
     (folder / FINISHED).unlink(missing_ok=True)
     for path in [path for path in folder.iterdir() if path.is_dir()]:
-        if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
+        if path.name.startswith(("checkpoint-", "eval_results", BEST)) or _is_evaluation(path):
             _remove_evaluations(path)
     for name in _wrote(folder) - {VERSIONS, WRITTEN, *keep}:  # with VERSIONS it stays known as this suite's
         (folder / name).unlink()
