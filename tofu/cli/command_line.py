@@ -47,7 +47,7 @@ MEANT = {  # keys that people type elsewhere -> ours
 
 
 def _renamed(argv: list[str]) -> list[str]:
-    """A command line with the names of ALIASES in forget_loss=... turned into our own, and letters, < and > quoted for Hydra.
+    """A command line with the names of ALIASES in forget_loss=... turned into our own, and letters quoted for Hydra.
 
     Its grammar knows ASCII alone outside of quotes, and of that no < or >.
     """

@@ -13,7 +13,9 @@ from utils import BadInput
 
 DIRECTIONS = ("max", "min")
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-FORM = re.compile(rf"\s*(?P<metric>.+?)\s*(?P<sign>>=|<=)\s*(?:(?P<bound>{NUMBER})\s*(?P<of>\*\s*start)?|start)\s*")
+FORM = re.compile(
+    rf"\s*(?P<metric>[^<>=]+?)\s*(?P<sign>>=|<=)\s*(?:(?P<bound>{NUMBER})\s*(?P<of>\*\s*start)?|start)\s*"
+)
 Known = Mapping[str, Mapping[str, Any]]  # metrics by name, as metrics.json holds them
 
 
@@ -125,18 +127,21 @@ def check(cfg: Any) -> str:
 def named(key: str, name: str, metrics: Sequence[Metric]) -> Metric:
     """The metric that a config means: by its name in metrics.json, or by the one that chooses it in eval.metrics.
 
+    The latter means, of a metric that several sets have, the forget set's.
+
     Raises:
-        BadInput: no such metric, one that is not evaluated, or several.
+        BadInput: no such metric, or one that is not evaluated.
     """
-    for known in (metrics, table.METRICS):
-        found = [one for one in known if one.name.lower() == name.lower()]
-        found = found or [one for one in known if name.lower() in (table.choice_of(one), (one.label or "").lower())]
-        if len(found) > 1:
-            raise BadInput(f"{key}={name} may be {', '.join(one.name for one in found)}: name one of them")
-        if found and known is metrics:
-            return found[0]
-        if found:
-            raise BadInput(f"{key}={found[0].name} is not evaluated: add {table.choice_of(found[0])} to eval.metrics")
+
+    def among(known: Sequence[Metric]) -> list[Metric]:
+        called = [one for one in known if name.lower() in (table.choice_of(one), (one.label or "").lower())]
+        named = [one for one in known if one.name.lower() == name.lower()]
+        return named or sorted(called, key=lambda one: one.of != "Forget")
+
+    if found := among(metrics):
+        return found[0]
+    if known := among(table.METRICS):
+        raise BadInput(f"{key}={name} is not evaluated: add {table.choice_of(known[0])} to eval.metrics")
     raise BadInput(utils.unknown(key, name, [one.name for one in metrics]))
 
 
