@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import MINI, make, rows
-from transformers import TrainerState
+from helpers import MINI, REPO, make, rows
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers.integrations import integration_utils
 
 import utils
 from tofu.evaluation import best
@@ -233,22 +234,21 @@ def test_a_run_resumed_at_an_epochs_end_does_what_was_left():
     assert seen == [4, 6]
 
 
+def common(model, *more):
+    """forget.py's settings: four epochs of two steps."""
+    own = ("model_family=tiny", f"data_path={MINI}", f"model_path={model}", "split=forget05", "num_epochs=4")
+    own += ("gradient_accumulation_steps=1", "lr=1e-3", "eval.ds_size=2", "eval.generation.max_length=80")
+    return (*own, "eval.generation.max_new_tokens=2", *more)
+
+
 @pytest.fixture
 def run(model_folder, tmp_path, run_script, monkeypatch):
-    """forget.py in this process, three epochs of two steps; its folder and what it returned."""
+    """forget.py in this process; its folder and what it returned."""
 
     def run(*args, name="run"):
         monkeypatch.chdir(tmp_path)
-        common = (
-            "model_family=tiny",
-            f"data_path={MINI}",
-            "engine=ddp",
-            f"model_path={model_folder}",
-            "split=forget05",
-        )
-        common += ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=3", "lr=1e-3", "eval.ds_size=2")
-        small = ("eval.generation.max_length=80", "eval.generation.max_new_tokens=2")
-        return tmp_path / name, run_script("forget.py", *common, *small, *args, f"save_dir={name}")
+        given = common(model_folder, "engine=ddp", "batch_size=10", *args, f"save_dir={name}")
+        return tmp_path / name, run_script("forget.py", *given)
 
     return run
 
@@ -257,17 +257,29 @@ def read(file):
     return json.loads(file.read_text())
 
 
-def test_the_best_epoch_is_saved_and_a_budget_stops(run, capsys):
+class Recorder(TrainerCallback):
+    """A tracker, as transformers makes one for `report_to`."""
+
+    seen: list = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def test_the_best_epoch_is_saved_and_a_budget_stops(run, capsys, monkeypatch):
     """Of a falling probability the first epoch has the largest; a run that stops there has the same bytes."""
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "recorder", Recorder)
     own = ("keep_best.metric=Prob. Forget", "keep_best.direction=max", "keep_best.constraint=Prob. Retain >= 0")
-    kept, done = run("eval_while_train=true", "forget_loss=grad_diff", *own, name="kept")
-    found = [read(kept / f"checkpoint-{step}" / "metrics.json")["Prob. Forget"]["value"] for step in (2, 4, 6)]
+    kept, done = run("eval_while_train=true", "forget_loss=grad_diff", *own, "report_to=recorder", name="kept")
+    found = [read(kept / f"checkpoint-{step}" / "metrics.json")["Prob. Forget"]["value"] for step in (2, 4, 6, 8)]
     assert found == sorted(found, reverse=True)
     finished, history = read(kept / "finished.json"), read(kept / "trainer_state.json")["log_history"]
     told = {"step": 2, "metric": "Prob. Forget", "value": found[0], "constraint": "Prob. Retain >= 0", "held": True}
     assert finished["best"] == told and finished["Prob. Forget"] == done["Prob. Forget"] == found[0]
     lines = [line for line in history if "eval_prob_forget" in line]
-    assert [(line["step"], line["eval_prob_forget"]) for line in lines] == list(zip((2, 4, 6), found, strict=True))
+    assert [(line["step"], line["eval_prob_forget"]) for line in lines] == list(zip((2, 4, 6, 8), found, strict=True))
+    tracked = [(step, line["eval_prob_forget"]) for step, line in Recorder.seen if "eval_prob_forget" in line]
+    assert tracked == [(line["step"], line["eval_prob_forget"]) for line in lines]
     assert lines[0]["eval_model_utility"] == finished["Model Utility"]
     assert not list(kept.glob("best-*")) and "the model of step 2 is saved" in capsys.readouterr().out
 
@@ -280,8 +292,8 @@ def test_the_best_epoch_is_saved_and_a_budget_stops(run, capsys):
         assert (kept / name).read_bytes() == (stopped / name).read_bytes(), name
     steps = [[line["loss"] for line in one if "loss" in line] for one in
              (history, read(stopped / "trainer_state.json")["log_history"])]  # fmt: skip
-    assert steps[0][:2] == steps[1] and len(steps[0]) == 6
-    assert "stop_on.budget ends the run at step 2 of 6" in capsys.readouterr().out
+    assert steps[0][:2] == steps[1] and len(steps[0]) == 8
+    assert "stop_on.budget ends the run at step 2 of 8" in capsys.readouterr().out
 
 
 def test_a_collapse_stops(run, tmp_path, capsys):
@@ -302,3 +314,29 @@ def test_a_collapse_stops(run, tmp_path, capsys):
     assert finished["stopped"] == {"rule": "collapse", "step": 2, "why": finished["Collapse"][0]}
     assert finished["Collapse"][0].startswith("Model Utility is 0, below 0.5 times")
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp"])
+def test_on_two_processes(run, launch, model_folder, tmp_path, engine):
+    """Sharded or not: the same epoch is the best, with the same disruption, and its weights are saved."""
+    config = read(REPO / "config" / "ds_config.json")
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else it shards nothing of a tiny model
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    own = ("eval_while_train=true", "forget_loss=grad_diff", "keep_best.metric=Prob. Forget", "keep_best.direction=max")
+    own += ("keep_best.constraint=Prob. Forget <= 0.00195", "stop_on.budget=0.05")
+    one, _ = run(*own, name="one")
+    keys = ("engine=deepspeed", "ds_config=ds.json") if engine == "zero3" else (f"engine={engine}",)
+    args = (*common(model_folder), *own, "batch_size=5", *keys, "save_dir=two")
+    launch("forget.py", *args, processes=2, cwd=tmp_path)
+    found, expected = (read(tmp_path / name / "finished.json") for name in ("two", "one"))
+    assert found["best"] == {**expected["best"], "value": pytest.approx(expected["best"]["value"], rel=1e-4)}
+    assert found["best"]["step"] == 4 and found["stopped"]["step"] == expected["stopped"]["step"] == 6
+    assert found["Retain KL"] == pytest.approx(expected["Retain KL"], rel=1e-3)
+    lines = [line for line in read(tmp_path / "two" / "trainer_state.json")["log_history"] if "eval_retain_kl" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    weights = [
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters()) for name in ("one", "two")
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=2e-3)
