@@ -257,6 +257,7 @@ TITLES = {
         (F, "stop_on.budget=0", "it must be above 0"),
         (F, "stop_on.collapse=true", "it needs eval_while_train=true"),
         (F, "stop_on.collapse=true eval_while_train=true", "the starting model, whose utility is not known"),
+        (F, "eval_only=true evaluate=end", "trains nothing"),
         (F, "keep_best.metric=Agg", "it needs eval_while_train=true"),
         (F, "keep_best.direction=max", "say by what, keep_best.metric=..."),
         (F, "eval_while_train=true keep_best.metric=Model-Utility", "did you mean Model Utility?"),

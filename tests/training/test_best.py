@@ -323,8 +323,8 @@ def test_on_two_processes(run, launch, model_folder, tmp_path, engine):
     config = read(REPO / "config" / "ds_config.json")
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else it shards nothing of a tiny model
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    own = ("eval_while_train=true", "forget_loss=grad_diff", "keep_best.metric=Prob. Forget", "keep_best.direction=max")
-    own += ("keep_best.constraint=Prob. Forget <= 0.00195", "stop_on.budget=0.05")
+    own = ("eval_while_train=true", "forget_loss=grad_diff", "stop_on.budget=0.05")
+    own += ("keep_best.metric=Prob. Real Authors", "keep_best.constraint=Retain KL <= 0.05")
     one, _ = run(*own, name="one")
     keys = ("engine=deepspeed", "ds_config=ds.json") if engine == "zero3" else (f"engine={engine}",)
     args = (*common(model_folder), *own, "batch_size=5", *keys, "save_dir=two")

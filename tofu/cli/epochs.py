@@ -17,14 +17,15 @@ def check(cfg: DictConfig) -> None:
     if cfg.evaluate is not None:
         choice("evaluate", cfg.evaluate, EVALUATE)
     utils.at_least(cfg, 0, "stop_on.budget", above=True)
-    keep = cfg.keep_best
+    keep, stop_on = cfg.keep_best, cfg.stop_on
+    if cfg.eval_only and (cfg.evaluate or keep.metric or stop_on.collapse or stop_on.budget):
+        raise BadInput("eval_only=true trains nothing: leave it out, or evaluate, keep_best and stop_on")
     if keep.metric is None and (keep.constraint or keep.direction):
         key = "constraint" if keep.constraint else "direction"
         raise BadInput(f"keep_best.{key}={keep[key]} chooses the best epoch: say by what, keep_best.metric=...")
-    wanted = [key for key, on in (("keep_best.metric", keep.metric), ("stop_on.collapse", cfg.stop_on.collapse)) if on]
-    if wanted and not cfg.eval_while_train:
-        value = keep.metric if keep.metric else "true"
-        raise BadInput(f"{wanted[0]}={value} reads the evaluation at each epoch's end: it needs eval_while_train=true")
+    if (keep.metric or stop_on.collapse) and not cfg.eval_while_train:
+        wanted = f"keep_best.metric={keep.metric}" if keep.metric else "stop_on.collapse=true"
+        raise BadInput(f"{wanted} reads the evaluation at each epoch's end: it needs eval_while_train=true")
     if keep.metric is None:
         return
     if not cfg.save_model:

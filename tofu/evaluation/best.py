@@ -12,6 +12,7 @@ from tofu.evaluation.metrics.declared import Metric
 from utils import BadInput
 
 DIRECTIONS = ("max", "min")
+RETAIN_KL = Metric("Retain KL", float, (), "min", "training", unit="nats")  # measured where `stop_on.budget` bounds it
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 FORM = re.compile(
     rf"\s*(?P<metric>[^<>=]+?)\s*(?P<sign>>=|<=)\s*(?:(?P<bound>{NUMBER})\s*(?P<of>\*\s*start)?|start)\s*"
@@ -105,7 +106,7 @@ def check(cfg: Any) -> str:
     Raises:
         BadInput: a metric that is not evaluated or lacks what it compares with, or a constraint that can't be read.
     """
-    keep, metrics = cfg.keep_best, table.of_config(cfg.eval)
+    keep, metrics = cfg.keep_best, known(cfg)
     metric = named("keep_best.metric", keep.metric, metrics)
     parsed = parse(keep.constraint) if keep.constraint is not None else None
     bound = named("keep_best.constraint", parsed.metric, metrics) if parsed else None
@@ -124,6 +125,11 @@ def check(cfg: Any) -> str:
     return metric.name
 
 
+def known(cfg: Any) -> list[Metric]:
+    """What a checked forget.yaml lets one compare: the metrics that are evaluated, and the measure of `stop_on`."""
+    return [*table.of_config(cfg.eval), *([RETAIN_KL] if cfg.stop_on.budget is not None else [])]
+
+
 def named(key: str, name: str, metrics: Sequence[Metric]) -> Metric:
     """The metric that a config means: by its name in metrics.json, or by the one that chooses it in eval.metrics.
 
@@ -133,23 +139,23 @@ def named(key: str, name: str, metrics: Sequence[Metric]) -> Metric:
         BadInput: no such metric, or one that is not evaluated.
     """
 
-    def among(known: Sequence[Metric]) -> list[Metric]:
-        called = [one for one in known if name.lower() in (table.choice_of(one), (one.label or "").lower())]
-        named = [one for one in known if one.name.lower() == name.lower()]
+    def among(given: Sequence[Metric]) -> list[Metric]:
+        called = [one for one in given if name.lower() in (table.choice_of(one), (one.label or "").lower())]
+        named = [one for one in given if one.name.lower() == name.lower()]
         return named or sorted(called, key=lambda one: one.of != "Forget")
 
     if found := among(metrics):
         return found[0]
-    if known := among(table.METRICS):
-        raise BadInput(f"{key}={name} is not evaluated: add {table.choice_of(known[0])} to eval.metrics")
+    if others := among(table.METRICS):
+        raise BadInput(f"{key}={name} is not evaluated: add {table.choice_of(others[0])} to eval.metrics")
     raise BadInput(utils.unknown(key, name, [one.name for one in metrics]))
 
 
 def _behind(metric: Metric) -> list[Metric]:
     """A metric and all that it is made of."""
-    known, found = {one.name: one for one in table.METRICS}, [metric]
+    every, found = {one.name: one for one in table.METRICS}, [metric]
     for one in found:  # it grows
-        found += [known[name] for name in one.needs if name in known and known[name] not in found]
+        found += [every[name] for name in one.needs if name in every and every[name] not in found]
     return found
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from data_module import ONE_ROW, Sample
+from tofu.evaluation.best import RETAIN_KL
 from tofu.methods import losses
 from tofu.models import architectures, batches, forward
 from tofu.models.views import Scored
 from tofu.runtime import cards, ranks
 
-KL = "Retain KL"
+KL = RETAIN_KL.name
 ROWS = 64  # of the retain set, drawn once and for all: the same ones in every run on that set
 AT_ONCE = 8  # rows of a forward; last bits depend on it
 

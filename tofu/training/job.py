@@ -138,7 +138,7 @@ class Job:
             raise BadInput(f"stop_on.collapse=true compares with the starting model, whose utility is not known: {how}")
         if cfg.keep_best.metric is None:
             return None
-        return best.choice(cfg.keep_best, measured.metrics, measured.start, measured.retain, how)
+        return best.choice(cfg.keep_best, best.known(cfg), measured.start, measured.retain, how)
 
     def _disruption(self) -> Disruption:
         """The measure of `stop_on.budget`, on rows of the retain set, which the method may not read.
