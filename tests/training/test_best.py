@@ -317,13 +317,15 @@ def test_a_collapse_stops(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp"])
-def test_on_two_processes(run, launch, model_folder, tmp_path, engine):
-    """Sharded or not: the same epoch is the best, with the same disruption, and its weights are saved."""
+@pytest.mark.parametrize(
+    ("engine", "loss"), [("ddp", "grad_diff"), ("zero3", "grad_diff"), ("zero3", "KL"), ("fsdp", "KL")]
+)
+def test_on_two_processes(run, launch, model_folder, tmp_path, engine, loss):
+    """Sharded or not, with a reference model or without: the same epoch is the best, and its weights are saved."""
     config = read(REPO / "config" / "ds_config.json")
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else it shards nothing of a tiny model
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    own = ("eval_while_train=true", "forget_loss=grad_diff", "stop_on.budget=0.05")
+    own = ("eval_while_train=true", f"forget_loss={loss}", "stop_on.budget=0.05")
     own += ("keep_best.metric=Prob. Real Authors", "keep_best.constraint=Retain KL <= 0.05")
     one, _ = run(*own, name="one")
     keys = ("engine=deepspeed", "ds_config=ds.json") if engine == "zero3" else (f"engine={engine}",)
