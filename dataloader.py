@@ -137,6 +137,10 @@ class TofuTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """No batches where the run is stopped before a step: the Trainer itself asks for that after a step alone."""
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device, in the types that it has: under DeepSpeed the Trainer's own would make it bf16.
 

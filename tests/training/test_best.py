@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import MINI, REPO, make, rows
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 
@@ -231,7 +232,11 @@ def test_a_run_resumed_at_an_epochs_end_does_what_was_left():
     again.load_state_dict(json.loads(json.dumps(each.state_dict())))
     for step in (4, 5, 6):
         again.on_train_begin(args, TrainerState(global_step=step, max_steps=6), control)
-    assert seen == [4, 6]
+    assert seen == [4, 6] and not control.should_training_stop
+    each.stopped = {"rule": "budget"}
+    again.load_state_dict(each.state_dict())
+    again.on_train_begin(args, TrainerState(global_step=4, max_steps=6), control)
+    assert seen == [4, 6] and control.should_training_stop
 
 
 def common(model, *more):
@@ -294,6 +299,19 @@ def test_the_best_epoch_is_saved_and_a_budget_stops(run, capsys, monkeypatch):
              (history, read(stopped / "trainer_state.json")["log_history"])]  # fmt: skip
     assert steps[0][:2] == steps[1] and len(steps[0]) == 8
     assert "stop_on.budget ends the run at step 2 of 8" in capsys.readouterr().out
+
+
+class Stopped(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_run_that_is_stopped_before_a_step_trains_no_more(run, model_folder, monkeypatch):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stopped", Stopped)
+    folder, _ = run("report_to=stopped", "eval_while_train=true")
+    start, end = (load_file(path / "model.safetensors") for path in (model_folder, folder))
+    assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)
+    assert not [line for line in read(folder / "trainer_state.json")["log_history"] if "loss" in line]
 
 
 def test_a_collapse_stops(run, tmp_path, capsys):

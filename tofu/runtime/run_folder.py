@@ -65,7 +65,7 @@ def start_run(
     with _claimed(folder):
         held = _held(folder)
         if held and held != {CONFIG, VERSIONS}:  # a run that was refused after its start leaves these two
-            if not overwrite and held != {CONFIG, VERSIONS, CURVE}:  # and a killed one these three
+            if not overwrite:
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
                 raise BadInput(f"save_dir={save_dir} is not a run of this suite (no {VERSIONS}): name another save_dir")

@@ -69,13 +69,13 @@ class EachEpoch(TrainerCallback):
         self.done, self.scores, self.stopped = 0, {}, {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Do what a run that was killed at an epoch's end had left to do."""
-        if state.global_step > self.done:
-            self.on_epoch_end(args, state, control)
+        """Do what a run that was interrupted at an epoch's end had left to do; one that was stopped trains no more."""
+        self.on_epoch_end(args, state, control)
+        control.should_training_stop = control.should_training_stop or bool(self.stopped)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
         step = state.global_step
-        if step % self.trainer.method.steps_per_epoch:  # something else stops the run within an epoch
+        if step == self.done or step % self.trainer.method.steps_per_epoch:  # done, or something else stops the run
             return
         run_folder.write_curve(args.output_dir, state)  # what follows may take long
         found: dict[str, Any] = {}
@@ -108,11 +108,11 @@ class EachEpoch(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; JSON can hold it."""
         best = self.best.state_dict() if self.best is not None else None
-        return {"done": self.done, "scores": self.scores, "best": best}
+        return {"done": self.done, "scores": self.scores, "stopped": self.stopped, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.done, self.scores = state["done"], dict(state["scores"])
+        self.done, self.scores, self.stopped = state["done"], dict(state["scores"]), dict(state["stopped"])
         if self.best is not None and state["best"] is not None:
             self.best.load_state_dict(state["best"])
 
