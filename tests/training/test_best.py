@@ -186,7 +186,7 @@ def test_disruption():
     again = Disruption(len(samples), samples.__getitem__)
     drawn = [sample for _, batch in measured.batches for sample in batch]
     assert len(drawn) == 64 and measured.batches == again.batches
-    measured.keep(start, False)
+    measured.keep(lambda: start, False)
     assert measured(model, None, False) == 0 == again(model, start, False) and model.training
     for parameter in model.parameters():
         parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))

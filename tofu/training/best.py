@@ -6,12 +6,37 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tofu.evaluation import best
 from tofu.evaluation.best import Choice
+from tofu.evaluation.measures import Measures
+from tofu.evaluation.metrics import collapse
 from tofu.models import saving
 from tofu.runtime import ranks, run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
+
+
+def choice_of(cfg: Any, measured: Measures, path: str) -> Choice | None:
+    """How a run chooses its best epoch, if it does.
+
+    Args:
+        cfg: its checked config.
+        measured: what its evaluations measure.
+        path: the model that it starts from.
+
+    Raises:
+        BadInput: an evaluation that the run compares with is not known.
+    """
+    how = (
+        f"evaluate it, python evaluate_util.py model_path={path} split={cfg.split} with the same data_path, ds_size "
+        "and generation keys, or name its evaluation, eval.start_result=..."
+    )
+    if cfg.stop_on.collapse and (measured.start or {}).get(collapse.UTILITY) is None:
+        raise BadInput(f"stop_on.collapse=true compares with the starting model, whose utility is not known: {how}")
+    if cfg.keep_best.metric is None:
+        return None
+    return best.choice(cfg.keep_best, best.known(cfg), measured.start, measured.retain, how)
 
 
 class KeepBest:

@@ -34,6 +34,31 @@ class LossCurve(TrainerCallback):
             self.last = time.monotonic()
 
 
+def add(
+    cfg: Any,
+    trainer: dataloader.TofuTrainer,
+    evaluate: Callable[[int], Mapping[str, Any]] | None,
+    best: KeepBest | None,
+    disruption: Disruption | None,
+    sharded: bool,
+) -> "EachEpoch | None":
+    """Give a run's Trainer its callbacks.
+
+    Args:
+        cfg: the run's checked config; the others are of `EachEpoch`.
+
+    Returns:
+        What is done at each epoch's end; None where nothing is.
+    """
+    trainer.add_callback(LossCurve())
+    if evaluate is None and disruption is None:
+        return None
+    told = {"always": cfg.eval_while_train, "collapse": cfg.stop_on.collapse, "budget": cfg.stop_on.budget}
+    each = EachEpoch(trainer, evaluate, best=best, disruption=disruption, sharded=sharded, **told)
+    trainer.add_callback(each)
+    return each
+
+
 class EachEpoch(TrainerCallback):
     """At each epoch's end, on every rank: measures, evaluates, keeps the best weights and stops where it is asked to.
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from data_module import ONE_ROW, Sample
+import data_module
+from data_module import ONE_ROW, Sample, Tags, TrainingSet
 from tofu.evaluation.best import RETAIN_KL
 from tofu.methods import losses
 from tofu.models import architectures, batches, forward
@@ -40,15 +42,18 @@ class Disruption:
         self.kept: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
-    def keep(self, start: torch.nn.Module, sharded: bool) -> None:
+    def keep(self, load: Callable[[], torch.nn.Module], sharded: bool) -> None:
         """Keep the starting model's distributions.
 
         Args:
-            start: frozen and in place.
+            load: gives the starting model, frozen and in place; it is gone afterwards.
             sharded: whether the ranks share it.
         """
+        start = load()
         for number, samples in ranks.share(self.batches, KL, sharded):
             self.kept[number] = forward.score(start, _batch(start, samples))["retain"].logits.cpu()
+        del start  # before the model to train is loaded
+        cards.collect()
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, sharded: bool) -> float:
@@ -80,6 +85,27 @@ class Disruption:
         with forward.adapter_off(model) if reference is None else contextlib.nullcontext():
             start: Any = forward.score(model if reference is None else reference, batch)["retain"]
         return start
+
+
+def of_run(cfg: Any, data: TrainingSet, tokenizer: PreTrainedTokenizerBase, family: Tags) -> Disruption | None:
+    """What measures a run's `stop_on.budget`, on rows of its retain set; None where there is none.
+
+    Args:
+        data: its samples; where its method reads no retain rows, these are read here.
+
+    Raises:
+        BadInput: see `data_module.load_pairs` and `encode`.
+    """
+    if "stop_on" not in cfg or cfg.stop_on.budget is None:
+        return None
+    if "retain" in data.rows:
+        return Disruption(len(data.rows["retain"]), data.rows["retain"].__getitem__)
+    rows = data_module.load_pairs(cfg.data_path, cfg.retain_split, cfg.question_key, cfg.answer_key)
+
+    def sample(i: int) -> Sample:
+        return data_module.encode(tokenizer, family, rows[i]["question"], rows[i]["answer"], cfg.max_length)
+
+    return Disruption(len(rows), sample)
 
 
 def _batch(model: Any, samples: list[Sample]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run of finetune.py and one of forget.py have in common, from the checked config to the saved model."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,13 @@ from transformers import PreTrainedModel
 
 import data_module
 import dataloader
-from tofu.evaluation import best, evaluator, vllm_backend
-from tofu.evaluation.metrics import collapse
+from tofu.evaluation import evaluator, vllm_backend
 from tofu.methods import objective, references
 from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
-from tofu.runtime import cards, run_folder, trained_on
-from tofu.training import callbacks, forecast, optimisation
-from tofu.training.best import KeepBest
-from tofu.training.disruption import Disruption
+from tofu.runtime import run_folder, trained_on
+from tofu.training import best, callbacks, disruption, forecast, optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ class Job:
         self.engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
         self.evaluator: evaluator.Evaluator | None = None
         self.choice: best.Choice | None = None
-        self.disruption: Disruption | None = None
+        self.disruption: disruption.Disruption | None = None
         self.epochs: callbacks.EachEpoch | None = None
         pretrained = key == "model_family"
         self.taught = trained_on.read(self.path, trained_on.NOTHING if pretrained else trained_on.UNKNOWN)
@@ -103,9 +101,8 @@ class Job:
         loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=False, **keys)
         if cfg.get("eval_while_train") or cfg.get("evaluate"):
             self.evaluates(self.taught_here)
-            self.choice = self._choice()
-        if cfg.get("stop_on") is not None and cfg.stop_on.budget is not None:
-            self.disruption = self._disruption()
+            self.choice = best.choice_of(cfg, self.evaluator.measured, self.path)
+        self.disruption = disruption.of_run(cfg, self.data, self.tokenizer, self.family)
         checkpointing = self.family.gradient_checkpointing
         optim, self.forecast = forecast.of_run(
             cfg, self.path, self.engine, self.attention, self.data, self.method, checkpointing
@@ -122,40 +119,6 @@ class Job:
             gradient_checkpointing=checkpointing,
             **{key: cfg[key] for key in optimisation.ARGUMENTS} | {"optim": optim},
         )
-
-    def _choice(self) -> best.Choice | None:
-        """How the best epoch is chosen, if one is.
-
-        Raises:
-            BadInput: an evaluation that is compared with is not known.
-        """
-        cfg, measured = self.cfg, self.evaluator.measured
-        how = (
-            f"evaluate it, python evaluate_util.py model_path={self.path} split={cfg.split} with the same data_path, "
-            "ds_size and generation keys, or name its evaluation, eval.start_result=..."
-        )
-        if cfg.stop_on.collapse and (measured.start or {}).get(collapse.UTILITY) is None:
-            raise BadInput(f"stop_on.collapse=true compares with the starting model, whose utility is not known: {how}")
-        if cfg.keep_best.metric is None:
-            return None
-        return best.choice(cfg.keep_best, best.known(cfg), measured.start, measured.retain, how)
-
-    def _disruption(self) -> Disruption:
-        """The measure of `stop_on.budget`, on rows of the retain set, which the method may not read.
-
-        Raises:
-            BadInput: see `data_module.load_pairs` and `encode`.
-        """
-        cfg, known = self.cfg, self.data.rows.get("retain")
-        if known is not None:
-            return Disruption(len(known), known.__getitem__)
-        rows = data_module.load_pairs(cfg.data_path, cfg.retain_split, cfg.question_key, cfg.answer_key)
-
-        def sample(i: int) -> data_module.Sample:
-            row = rows[i]
-            return data_module.encode(self.tokenizer, self.family, row["question"], row["answer"], cfg.max_length)
-
-        return Disruption(len(rows), sample)
 
     def dry_run(self) -> dict[str, Any]:
         """Say how much memory a step takes; no folder is made and no weight is read.
@@ -210,10 +173,8 @@ class Job:
         if self.evaluator is not None:
             self.evaluator.compare(self.out, self.engine)
         if self.disruption is not None and compares["reference"] is None and not cfg.LoRA.r:
-            start = loading.load_frozen(self.path, self.engine, trained_in=weights, attention=self.attention)
-            self.disruption.keep(start, self.engine.sharded)
-            del start  # it must be gone before the model to train is loaded
-            cards.collect()
+            start = functools.partial(loading.load_frozen, trained_in=weights, attention=self.attention)
+            self.disruption.keep(lambda: start(self.path, self.engine), self.engine.sharded)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
         trainer = dataloader.TofuTrainer(
@@ -226,27 +187,12 @@ class Job:
             **compares,
             **optimisation.stochastic(cfg.optim, self.args),
         )
-        trainer.add_callback(callbacks.LossCurve())
-        if self.evaluator is not None or self.disruption is not None:
-            self.epochs = self._each_epoch(trainer)
-            trainer.add_callback(self.epochs)
-        return trainer
-
-    def _each_epoch(self, trainer: dataloader.TofuTrainer) -> callbacks.EachEpoch:
-        """What the config asks for at each epoch's end."""
-        stop_on, keep = self.cfg.stop_on, None
+        keep = None
         if self.choice is not None:
-            keep = KeepBest(self.choice, lambda folder: self._save(trainer, folder), self.out)
-        return callbacks.EachEpoch(
-            trainer,
-            None if self.evaluator is None else lambda step: self.evaluate(trainer.model, step),
-            always=self.cfg.eval_while_train,
-            best=keep,
-            collapse=stop_on.collapse,
-            disruption=self.disruption,
-            budget=stop_on.budget,
-            sharded=self.engine.sharded,
-        )
+            keep = best.KeepBest(self.choice, lambda folder: self._save(trainer, folder), self.out)
+        evaluate = None if self.evaluator is None else lambda step: self.evaluate(trainer.model, step)
+        self.epochs = callbacks.add(cfg, trainer, evaluate, keep, self.disruption, self.engine.sharded)
+        return trainer
 
     def _save(self, trainer: dataloader.TofuTrainer, folder: Path) -> None:
         """Save the model in memory as the run's would be; on every rank."""
