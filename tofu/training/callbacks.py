@@ -1,5 +1,6 @@
 """What happens beside the steps of a training: its log on disk, and what a run does at an epoch's end."""
 
+import json
 import logging
 import math
 import time
@@ -131,9 +132,10 @@ class EachEpoch(TrainerCallback):
         return {**(self.best.scores if best else self.scores), **best, **stopped}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; JSON can hold it."""
+        """What a resumed run needs, in JSON's types alone."""
         best = self.best.state_dict() if self.best is not None else None
-        return {"done": self.done, "scores": self.scores, "stopped": self.stopped, "best": best}
+        state = {"done": self.done, "scores": self.scores, "stopped": self.stopped, "best": best}
+        return json.loads(json.dumps(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
