@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import MINI, REPO, make, rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 
 import utils
@@ -312,6 +312,28 @@ def test_a_run_that_is_stopped_before_a_step_trains_no_more(run, model_folder, m
     start, end = (load_file(path / "model.safetensors") for path in (model_folder, folder))
     assert start.keys() == end.keys() and all(torch.equal(start[name], end[name]) for name in start)
     assert not [line for line in read(folder / "trainer_state.json")["log_history"] if "loss" in line]
+
+
+class Fault(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise ZeroDivisionError
+
+
+@pytest.mark.slow
+def test_what_a_crash_leaves(run, monkeypatch):
+    """The best weights so far, whole, and the log; a run that replaces this one leaves nothing of them."""
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "fault", Fault)
+    own = ("eval_while_train=true", "keep_best.metric=Prob. Forget", "num_epochs=2", "overwrite_dir=true")
+    with pytest.raises(ZeroDivisionError):
+        run(*own, "report_to=fault")
+    folder, _ = run(*own, name="other")
+    best_so_far = folder.with_name("run") / "best-2"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(best_so_far), AutoTokenizer.from_pretrained(best_so_far)
+    assert model.config.vocab_size == len(tokenizer)
+    assert [line["step"] for line in read(best_so_far.parent / "trainer_state.json")["log_history"]] == [1, 2, 2, 3]
+    run(*own)
+    assert {path.name for path in best_so_far.parent.iterdir()} == {path.name for path in folder.iterdir()}
 
 
 def test_a_collapse_stops(run, tmp_path, capsys):
