@@ -205,16 +205,16 @@ def test_disruption():
 
 def test_the_loss_curve_is_written_as_it_grows(tmp_path):
     args, state = SimpleNamespace(output_dir=str(tmp_path)), TrainerState(log_history=[{"loss": 1.0}])
-    slow, at_once = callbacks.LossCurve(), callbacks.LossCurve(every=0)
-    slow.on_log(args, state, None)
+    slow, at_once, control = callbacks.LossCurve(), callbacks.LossCurve(every=0), SimpleNamespace(should_save=False)
+    slow.on_log(args, state, control)
     assert not list(tmp_path.iterdir())
     slow.last -= callbacks.EVERY
     for curve in (slow, at_once):
         state.log_history.append({"loss": 2.0})
-        curve.on_log(args, state, None)
+        curve.on_log(args, state, control)
         assert json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] == state.log_history
     state.log_history.append({"loss": 3.0})
-    slow.on_log(args, state, None)
+    slow.on_log(args, state, control)
     assert len(json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"trainer_state.json", "written.txt"}
 

@@ -30,7 +30,7 @@ class LossCurve(TrainerCallback):
         self.last = time.monotonic()
 
     def on_log(self, args, state, control, **kwargs) -> None:  # noqa: D102
-        if time.monotonic() - self.last >= self.every:
+        if time.monotonic() - self.last >= self.every or control.should_save:  # a checkpoint may take long
             run_folder.write_curve(args.output_dir, state)
             self.last = time.monotonic()
 
