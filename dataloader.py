@@ -5,7 +5,6 @@ reference. The file's name is TOFU's.
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,6 +127,10 @@ class TofuTrainer(Trainer):
             multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """No batches where the run is stopped before a step: the Trainer itself asks for that after a step alone."""
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on the device, in the types that it has: under DeepSpeed the Trainer's own would make it bf16.
@@ -363,13 +366,16 @@ def fit(trainer: TofuTrainer) -> dict[str, float]:
         with signals.handled():
             result = trainer.train()
     finally:
-        if trainer.state.log_history:
-            run_folder.note(trainer.args.output_dir, "trainer_state.json")
-            trainer.save_state()
-    if hasattr(trainer.model_wrapped, "empty_partition_cache"):  # ZeRO-3 has begun to fetch what no forward came to use
-        trainer.model_wrapped.empty_partition_cache()
+        run_folder.write_curve(trainer.args.output_dir, trainer.state)
+    settle(trainer)
     trainer.stop_if_weights_not_finite()
     return {"train_loss": result.training_loss, "seconds": result.metrics["train_runtime"]}
+
+
+def settle(trainer: TofuTrainer) -> None:
+    """Before weights are gathered: give back what ZeRO-3 has begun to fetch and no forward came to use."""
+    if hasattr(trainer.model_wrapped, "empty_partition_cache"):
+        trainer.model_wrapped.empty_partition_cache()
 
 
 class EachStep(TrainerCallback):
@@ -386,13 +392,3 @@ class EachStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
         self.trainer.after_step()
-
-
-class EachEpoch(TrainerCallback):
-    """Calls `evaluate(step)` on every rank at each epoch's end."""
-
-    def __init__(self, evaluate: Callable[[int], None]) -> None:
-        self.evaluate = evaluate
-
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
-        self.evaluate(state.global_step)

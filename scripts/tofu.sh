@@ -51,7 +51,7 @@ evaluate "$runs/$retain"
 oracle=$runs/$retain/eval_$split/$log
 evaluate "$runs/full" retain_result="$oracle"
 watched=()  # of an unlearning's own evaluations; how the model is computed with follows the run's own keys
-if [[ " ${FORGET:-} " == *" eval_while_train="* ]]; then
+if [[ " ${FORGET:-} " == *" eval_while_train="* || " ${FORGET:-} " == *" evaluate=end "* ]]; then
     for one in ${EVALUATE:-}; do
         case $one in engine=* | ds_config=* | precision=*) ;; *) watched+=("eval.$one") ;; esac
     done

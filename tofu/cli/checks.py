@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
-from tofu.cli import names
+from tofu.cli import epochs, names
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -86,7 +86,7 @@ def _check_splits(cfg: DictConfig) -> None:
     """Raise BadInput for a split that a local folder of JSON or CSV files does not have; others are found when read."""
     asked = [] if "split_list" in cfg or "split" not in cfg else [(cfg.data_path, cfg.split)]
     evaluated = cfg if "split_list" in cfg else cfg.get("eval", {})
-    if evaluated is cfg or cfg.get("eval_only") or cfg.get("eval_while_train"):
+    if evaluated is cfg or any(map(cfg.get, ("eval_only", "eval_while_train", "evaluate"))):
         asked += zip(evaluated.data_path, evaluated.split_list, strict=True)
         if evaluated.holdout.split != "auto":
             _check_split(evaluated.holdout.path, evaluated.holdout.split, "holdout.split")
@@ -203,10 +203,12 @@ def _check_forget(cfg: DictConfig) -> None:
     if cfg.eval.model_path is None:
         cfg.eval.model_path = cfg.model_path
     _check_followers(cfg)
-    if cfg.eval_while_train:
-        why_not = "reads a model from its folder, and eval_while_train=true evaluates the one in memory"
+    if cfg.eval_while_train or cfg.evaluate:
+        asked = "eval_while_train=true" if cfg.eval_while_train else f"evaluate={cfg.evaluate}"
+        why_not = f"reads a model from its folder, and {asked} evaluates the one in memory"
         vllm_backend.check_asked(cfg.eval.generation.backend, "eval.", why_not=why_not)
     _check_evaluate(cfg.eval, prefix="eval.")
+    epochs.check(cfg)
 
 
 def _check_method(cfg: DictConfig, own: dict[str, Any]) -> None:
@@ -354,7 +356,7 @@ def _check_metrics(cfg: DictConfig, prefix: str) -> None:
     if not isinstance(cfg.metrics, ListConfig):
         cfg.metrics = [cfg.metrics]
     for i, name in enumerate(cfg.metrics):
-        meant = table.spelt(str(name))
+        meant = table.slug(str(name))
         meant = table.ALIASES.get(meant, meant)
         choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES)
         cfg.metrics[i] = meant

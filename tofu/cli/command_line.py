@@ -50,14 +50,14 @@ MEANT = {  # keys that people type elsewhere -> ours
 def _renamed(argv: list[str]) -> list[str]:
     """A command line with the names of ALIASES in forget_loss=... turned into our own, and letters quoted for Hydra.
 
-    Its grammar knows ASCII alone outside of quotes.
+    Its grammar knows ASCII alone outside of quotes, and of that no < or >.
     """
     found = []
     for arg in argv:
         key, equal, value = arg.partition("=")
         if key.lstrip("+") == "forget_loss" and equal:
             arg = f"{key}={','.join(ALIASES.get(name, name) for name in value.split(','))}"
-        elif equal and not value.isascii() and not re.search(r"""['"\[\]{}()]""", value):
+        elif equal and re.search(r"[^\x00-\x7f]|[<>]", value) and not re.search(r"""['"\[\]{}()]""", value):
             quoted = ",".join(f"'{one}'" for one in value.split(","))
             arg = f"{key}={quoted}"
         found.append(arg)

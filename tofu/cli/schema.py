@@ -180,6 +180,23 @@ ROUGE_TOKENIZERS = ("default", "unicode")
 
 
 @dataclass
+class KeepBest:
+    """Which epoch's weights are saved; metric null: the last one's."""
+
+    metric: str | None = None
+    direction: str | None = None
+    constraint: str | None = None
+
+
+@dataclass
+class StopOn:
+    """What ends a training at an epoch's end; budget in nats per token."""
+
+    collapse: bool = MISSING
+    budget: float | None = None
+
+
+@dataclass
 class Forget(Run):
     """forget.yaml."""
 
@@ -190,6 +207,9 @@ class Forget(Run):
     log_gradient_norms: bool = MISSING
     save_model: bool = MISSING
     eval_while_train: bool = MISSING
+    evaluate: str | None = None
+    keep_best: KeepBest = field(default_factory=KeepBest)
+    stop_on: StopOn = field(default_factory=StopOn)
     eval_only: bool = MISSING
     eval: Evaluate = field(default_factory=Evaluate)
 

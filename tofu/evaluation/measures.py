@@ -13,7 +13,7 @@ from typing import Any
 import utils
 from tofu.evaluation import holdout, judges, log_formats, logs, passes
 from tofu.evaluation.inference import TokenScores
-from tofu.evaluation.metrics import aggregates, collapse, fluency, privacy, table
+from tofu.evaluation.metrics import collapse, fluency, privacy, table
 from tofu.evaluation.metrics.declared import Column, Metric, Statistics, Value
 from tofu.evaluation.metrics.rows import Context, Row
 from tofu.evaluation.passes import Asked
@@ -214,10 +214,7 @@ def of_config(
     Raises:
         BadInput: see `holdout.load` and `Reference`.
     """
-    names, by = [*cfg["metrics"]], cfg["fluency"]["by"]
-    names += ["mia_reference"] if cfg["reference_model"] and "privacy" in names else []
-    names += ["perplexity"] if cfg["fluency"]["model"] else []
-    metrics = table.chosen(names, aggregates.left_out(by), {by})
+    metrics = table.of_config(cfg)
     retain = log_formats.metrics_beside(cfg["retain_result"], "retain_result")
     known: dict[str, Any] = {"compat": cfg["compat"], "retain": retain, "settings": cfg}
     known["reasons"] = {} if cfg["fluency"]["model"] else {fluency.LOSS.name: "it needs fluency.model"}

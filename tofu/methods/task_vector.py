@@ -27,12 +27,13 @@ class TaskVector(Method):
 
     @classmethod
     def check(cls, cfg: Any) -> None:
-        """Raise BadInput where something else than the saved model would be evaluated."""
+        """Raise BadInput where something else than the saved model would be evaluated or measured."""
         utils.at_least(cfg, -math.inf, "forget_loss.negate")
-        if cfg.eval_while_train or not cfg.save_model:
+        measured = cfg.eval_while_train or cfg.evaluate or cfg.stop_on.budget is not None
+        if measured or not cfg.save_model:
             raise BadInput(
                 f"forget_loss={cfg.forget_loss.name} is what is saved, not what trains: take eval_while_train=false "
-                "save_model=true, and evaluate the saved model with evaluate_util.py"
+                "evaluate=null stop_on.budget=null save_model=true, and evaluate the saved model with evaluate_util.py"
             )
 
     @torch.no_grad()

@@ -124,9 +124,16 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         utils.write_json(aside / families.RECORD, dict(family))
-        run_folder.note(folder, *sorted(path.name for path in aside.iterdir()))
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
+        move(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def move(aside: Path, folder: Path) -> None:
+    """Move the files of a whole model into `folder`, each whole, config.json last; theirs is removed."""
+    (aside / run_folder.WRITTEN).unlink(missing_ok=True)
+    run_folder.note(folder, *sorted(path.name for path in aside.iterdir()))
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, folder / path.name)
+    aside.rmdir()
     log.info("model saved: %s", folder)

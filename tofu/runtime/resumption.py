@@ -24,7 +24,16 @@ log = logging.getLogger(__name__)
 RESUME = "resume"  # below a run's folder
 MANIFEST, MADE_FROM = "manifest.json", "made_from.json"  # in a checkpoint
 NOT_WEIGHTS = (  # keys that move no weight, with all below them: a run goes on with other values of these
-    *("eval", "eval_while_train", "save_model", "log_gradient_norms", "allow_overlap", "engine", "ds_config"),
+    *(
+        "eval",
+        "eval_while_train",
+        "evaluate",
+        "save_model",
+        "log_gradient_norms",
+        "allow_overlap",
+        "engine",
+        "ds_config",
+    ),
     *("batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
 )
 UNITS = {"s": 1, "min": 60, "h": 3600}

@@ -35,6 +35,8 @@ KNOWN = (  # what runs of older versions, which kept no such list, may have writ
     ),
 )
 ALTERABLE = "aggregate_stat.csv"  # aggregate_eval_stat.py may append to it: no part of the manifest
+CURVE = "trainer_state.json"  # the training log, written as it grows
+BEST = "best-"  # begins the name of the folder that keeps the best epoch's weights while a run goes on
 REFERENCE = "reference_logps.json"  # the reference model's log-probabilities: a run that replaces this one may use them
 
 
@@ -75,9 +77,7 @@ def start_run(
         return folder
     with _claimed(folder):
         held = _held(folder)
-        if held and not {CONFIG, VERSIONS} <= held <= {
-            *EXPLAINS
-        }:  # these a refused run leaves
+        if held and not {CONFIG, VERSIONS} <= held <= {*EXPLAINS}:  # these a refused run leaves
             if not overwrite and resume is not None and _interrupted(cfg, folder, held, resume, keep):
                 return _explain(cfg, folder, inputs)
             if not overwrite:
@@ -224,6 +224,18 @@ def note(folder: str | Path, *names: str) -> None:
         out.writelines(f"{name}\n" for name in names if name not in known)
 
 
+def write_curve(folder: str | Path, state: Any) -> None:
+    """Write the training log, whole or not at all, once it has a line. Rank 0 only.
+
+    Args:
+        state: the Trainer's (`transformers.TrainerState`).
+    """
+    if state.log_history and ranks.rank() == 0:
+        note(folder, CURVE)
+        with utils.atomic(Path(folder) / CURVE) as aside:
+            state.save_to_json(str(aside))
+
+
 def _wrote(folder: Path) -> set[str]:
     """The files in a folder that a run of this suite wrote; without a list, those with names that runs give."""
     there = {path.name for path in folder.iterdir() if not path.is_dir()}
@@ -269,7 +281,7 @@ def _remove_run(folder: Path, keep: tuple[str, ...]) -> None:
     (folder / FINISHED).unlink(missing_ok=True)
     resumption.remove(folder)
     for path in _folders(folder):
-        if path.name.startswith(("checkpoint-", "eval_results")) or _is_evaluation(path):
+        if path.name.startswith(("checkpoint-", "eval_results", BEST)) or _is_evaluation(path):
             _remove_evaluations(path)
     for name in _wrote(folder) - {VERSIONS, WRITTEN, *keep}:  # with VERSIONS it stays known as this suite's
         (folder / name).unlink()

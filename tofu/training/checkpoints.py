@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 import utils
 from data_module import TrainingSet
-from dataloader import EachEpoch, TofuTrainer
+from dataloader import TofuTrainer
 from tofu.models.engines import Engine
 from tofu.runtime import provenance, ranks, resumption, signals
 from tofu.runtime.resumption import Interval
@@ -121,7 +121,7 @@ class Resumable(TofuTrainer):
 
     def save_and_stop(self, stop: signals.Interrupted) -> None:
         """A signal has come in an epoch's evaluation: write a checkpoint after which it is made again, and end."""
-        self.checkpoints.stopping, self.checkpoints.epoch_ended, self.checkpoints.name = True, False, stop.name
+        self.checkpoints.stopping, self.checkpoints.name = True, stop.name
         self._save_checkpoint(self.model, None)
 
     def _write(self, folder: Path) -> None:
@@ -148,7 +148,6 @@ class Resumable(TofuTrainer):
             "tokens": self.tokens,
             "method": self.method.state_dict(),
             "kept": {name: one.state_dict() for name, one in self.plan.kept.items()},
-            "epoch_ended": self.checkpoints.epoch_ended,
         }
         torch.save(shared, folder / SHARED)
         self.state.save_to_json(str(folder / STATE))
@@ -184,7 +183,7 @@ class Resumable(TofuTrainer):
         self.lr_scheduler.load_state_dict(torch.load(folder / SHARED, weights_only=True)["schedule"])
 
     def _restore(self, folder: Path) -> None:
-        """The sums of the log, the method, what else is kept; then an evaluation that the interruption left out."""
+        """The sums of the log, the method, and what else is kept."""
         os.environ.pop(FORCED, None)
         shared = torch.load(folder / SHARED, weights_only=True)
         files = sorted(folder.glob(OWN.format("*")))
@@ -204,10 +203,6 @@ class Resumable(TofuTrainer):
         for name, one in self.plan.kept.items():
             if name in shared["kept"]:
                 one.load_state_dict(shared["kept"][name])
-        if self.checkpoints.ends_epoch(self.state) and not shared["epoch_ended"]:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, EachEpoch):
-                    callback.on_epoch_end(self.args, self.state, self.control)
 
 
 class Checkpoints(TrainerCallback):
@@ -218,7 +213,7 @@ class Checkpoints(TrainerCallback):
 
     def __init__(self, trainer: Resumable) -> None:
         self.trainer, self.last = trainer, time.monotonic()
-        self.waiting = self.stopping = self.epoch_ended = False
+        self.waiting = self.stopping = False
         self.name: str | None = None  # the signal's, where another rank has told it
 
     def due(self, step: int) -> bool:
@@ -241,14 +236,13 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
         due, stop = self.trainer.agreed or (0.0, 0.0)
-        self.waiting, self.stopping, self.epoch_ended = False, stop > 0, False
+        self.waiting, self.stopping = False, stop > 0
         if stop > 0 or (due > 0 and not self.ends_epoch(state)):
             control.should_save = True
         elif due > 0:
             self.waiting = True
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:  # noqa: D102
-        self.epoch_ended = True
         control.should_save = self.waiting
         self.waiting = False
 

@@ -1,5 +1,6 @@
 """What a run of finetune.py and one of forget.py have in common, from the checked config to the saved model."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tofu.methods.objective import Method
 from tofu.models import engines, folders, loadable, loading, saving
 from tofu.reporting import page
 from tofu.runtime import peers, ranks, resumption, run_folder, signals, stages, trained_on, trust
-from tofu.training import checkpoints, forecast, optimisation
+from tofu.training import best, callbacks, checkpoints, disruption, forecast, optimisation
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ class Job:
         data: the training samples; set by `read`.
         taught, taught_here: what the model was trained on before this run, and will have been after it.
         evaluator: evaluates the model in memory; None where the run does not evaluate.
+        choice: how the best epoch is chosen; None where the last weights are saved.
+        disruption: measures what `stop_on.budget` bounds; None where nothing does.
+        epochs: what is done at each epoch's end, set by `trainer`; None where nothing is.
     """
 
     def __init__(self, cfg: DictConfig, path: str, key: str, method: Method) -> None:
@@ -49,6 +53,9 @@ class Job:
         self.tokenizer, self.family, self.record = folders.load_asked(self.path, cfg.model_family, key)
         self.engine = engines.engine_of(cfg.engine, cfg.ds_config, cfg.precision)
         self.evaluator: evaluator.Evaluator | None = None
+        self.choice: best.Choice | None = None
+        self.disruption: disruption.Disruption | None = None
+        self.epochs: callbacks.EachEpoch | None = None
         pretrained = key == "model_family"
         self.taught = trained_on.read(self.path, trained_on.NOTHING if pretrained else trained_on.UNKNOWN)
 
@@ -94,8 +101,10 @@ class Job:
         keys = {"packing": cfg.packing, "quantize": cfg.LoRA.quantize, "liger_kernel": cfg.liger_kernel}
         states = any(term.contract.states for term in self.method.terms)
         loadable.check_loadable(self.path, self.engine, self.attention, states=states, weights=False, **keys)
-        if cfg.get("eval_while_train"):
+        if cfg.get("eval_while_train") or cfg.get("evaluate"):
             self.evaluates(self.taught_here)
+            self.choice = best.choice_of(cfg, self.evaluator.measured, self.path)
+        self.disruption = disruption.of_run(cfg, self.data, self.tokenizer, self.family)
         checkpointing = self.family.gradient_checkpointing
         optim, self.forecast = forecast.of_run(
             cfg, self.path, self.engine, self.attention, self.data, self.method, checkpointing
@@ -189,6 +198,9 @@ class Job:
             )
             if self.evaluator is not None:
                 self.evaluator.compare(self.out, self.engine)
+            if self.disruption is not None and compares["reference"] is None and not cfg.LoRA.r:
+                start = functools.partial(loading.load_frozen, trained_in=weights, attention=self.attention)
+                self.disruption.keep(lambda: start(self.path, self.engine), self.engine.sharded)
         model = self._load(weights)
         method.prepare(model, self.out, cfg.seed)
         trainer = checkpoints.Resumable(
@@ -202,10 +214,22 @@ class Job:
             **compares,
             **optimisation.stochastic(cfg.optim, self.args),
         )
-        if self.evaluator is not None:
-            trainer.add_callback(dataloader.EachEpoch(lambda step: self._evaluate_in(trainer, step)))
+        keep = None
+        if self.choice is not None:
+            keep = best.KeepBest(self.choice, lambda folder: self._save(trainer, folder), self.out)
+        evaluate = None if self.evaluator is None else lambda step: self._evaluate_in(trainer, step)
+        self.epochs = callbacks.add(cfg, trainer, evaluate, keep, self.disruption, self.engine.sharded)
+        if self.epochs is not None:
+            trainer.plan.kept["epochs"] = self.epochs
         run_folder.going_on(self.out)
         return trainer
+
+    def _save(self, trainer: dataloader.TofuTrainer, folder: Path) -> None:
+        """Save the model in memory as the run's would be; on every rank."""
+        dataloader.settle(trainer)
+        change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
+        with stages.stage("saving"):
+            saving.save(trainer.model, self.tokenizer, folder, bf16=self.engine.bf16, family=self.record, change=change)
 
     @stages.stage("loading")
     def _load(self, weights: Any) -> PreTrainedModel:
@@ -223,9 +247,9 @@ class Job:
         set_seed(self.cfg.seed)  # here, so that what was loaded and computed before does not move what is drawn
         return loading.add_lora(model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout) if lora.r else model
 
-    def _evaluate_in(self, trainer: checkpoints.Resumable, step: int) -> None:
+    def _evaluate_in(self, trainer: checkpoints.Resumable, step: int) -> dict[str, Any]:
         try:
-            self.evaluate(trainer.model, step)
+            return self.evaluate(trainer.model, step)
         except signals.Interrupted as stop:
             trainer.save_and_stop(stop)
 
@@ -273,20 +297,17 @@ class Job:
         """Save the model and the scores, which say that the run is complete.
 
         Returns:
-            The scores: of the training, of the method and, on rank 0, of the last evaluation.
+            The scores: of the training, of the method, and those of the saved weights' evaluation where there is one.
         """
         with signals.handled():  # the run is about to end: it ends whole
             return self._finish(trainer, trained)
 
     def _finish(self, trainer: dataloader.TofuTrainer, trained: dict[str, float]) -> dict[str, Any]:
-        if self.cfg.get("save_model", True):
-            change = self.method.before_saving if objective.overrides(self.method, "before_saving") else None
-            with stages.stage("saving"):
-                saving.save(
-                    trainer.model, self.tokenizer, self.out, bf16=self.engine.bf16, family=self.record, change=change
-                )
+        if self.epochs is not None and self.epochs.best is not None:
+            self.epochs.best.place()
+        elif self.cfg.get("save_model", True):
+            self._save(trainer, self.out)
         trained_on.write(self.out, self.taught_here)
-        scores = self.evaluator.scores if self.evaluator is not None else {}
-        done = {**trained, **self.method.result(), **scores}
+        done = {**trained, **self.method.result(), **(self.epochs.record() if self.epochs is not None else {})}
         run_folder.finish_run(self.out, {**done, "family": self.record})
         return done

@@ -18,14 +18,14 @@ COLUMNS: tuple[Column, ...] = (*privacy.COLUMNS, *fluency.COLUMNS)
 GROUPS = (*dict.fromkeys(metric.group for metric in METRICS), "all")
 
 
+def slug(name: str) -> str:
+    """A name in small letters, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("+", " plus ")).strip("_")
+
+
 def choice_of(metric: Metric) -> str:
     """What `metrics` in a config calls it, on all its sets: extraction_strength, rouge_l_f1."""
-    return spelt(metric.label or metric.name)
-
-
-def spelt(name: str) -> str:
-    """A metric's name in small letters, digits and underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower().replace("+", " plus ")).strip("_")
+    return slug(metric.label or metric.name)
 
 
 ALIASES = {  # OpenUnlearning's names, in small letters -> ours
@@ -56,6 +56,14 @@ def chosen(names: Iterable[str], without: Collection[str] = (), paid: Collection
         needed = [known[name] for name in metric.needs if name in known]
         found += [one for one in needed if one not in found and (one.extra is None or one.extra in paid)]
     return tuple(metric for metric in METRICS if metric in found)
+
+
+def of_config(cfg: Any) -> tuple[Metric, ...]:
+    """The metrics that a checked `schema.Evaluate` asks for."""
+    names, by = [*cfg["metrics"]], cfg["fluency"]["by"]
+    names += ["mia_reference"] if cfg["reference_model"] and "privacy" in names else []
+    names += ["perplexity"] if cfg["fluency"]["model"] else []
+    return chosen(names, aggregates.left_out(by), {by})
 
 
 def columns(metrics: Sequence[Metric]) -> tuple[Column, ...]:
