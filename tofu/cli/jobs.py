@@ -2,19 +2,24 @@
 
 import contextlib
 import errno
+import functools
+import json
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from tofu.cli import sweeps
 from tofu.runtime import claim, ranks, run_folder
+from tofu.runtime.provenance import FINISHED
 from utils import BadInput, one_line
 
 log = logging.getLogger(__name__)
@@ -32,65 +37,189 @@ def stop(error: BadInput, code: int = 2) -> None:
     sys.exit(code)
 
 
-def plain(override: str) -> str:
-    """An override as it was typed: Hydra escapes braces."""
-    return override.replace("\\{", "{").replace("\\}", "}")
-
-
 class Jobs:
-    """Runs jobs, and remembers what the last one returned and which ones failed."""
+    """What Hydra calls for each job, of one or of a sweep; it can be sent to another process.
 
-    def __init__(self, task: Callable[[DictConfig], Any], after: Callable[[], None]) -> None:
-        self.task, self.after = task, after
+    Attributes:
+        plan: the jobs of a sweep as they were before the first one started; [] where nobody knows them.
+        result: what the last job returned.
+        ended: what became of the jobs, where the sweep has ended.
+    """
+
+    def __init__(
+        self, task: Callable[[DictConfig], Any], after: Callable[[], None], typed: list[str], logs: Callable[[], None]
+    ) -> None:
+        """Prepare the jobs of one command line.
+
+        Args:
+            task: does one job.
+            after: called after every job of a sweep, and after a single one that ended well.
+            typed: the command line, as a run's record tells it.
+            logs: sets up logging in the process of a job.
+        """
+        functools.update_wrapper(self, task)  # Hydra looks at where the task comes from
+        self.task, self.after, self.logs, self.typed, self.argv = task, after, logs, typed, typed
+        self.stderr: TextIO | None = sys.stderr  # Hydra's own goes elsewhere
+        self.plan: list[sweeps.Planned] = []
+        self.seconds: list[float] = []
+        self.ended: list[sweeps.Outcome] = []
         self.result: Any = None
-        self.count = 0
-        self.failed: list[str] = []
-        self.code = 0
         self.bug: Exception | None = None  # of a single job: it keeps its traceback
 
-    def run(self, cfg: DictConfig) -> Any:
-        """One job. In a sweep of one process one that fails is noted; of several, ranks might wait for each other."""
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        told = plain(" ".join(HydraConfig.get().overrides.task))
-        number, self.count = self.count, self.count + 1
-        if sweep:
-            log.info("job %d: %s", number, told)
-        for name in NO_BARS:
-            os.environ.pop(name, None) if cfg.get("progress", True) else os.environ.update({name: "1"})
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what another process has of its own."""
+        return {**self.__dict__, "stderr": None}
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """One job. In a sweep one that fails is noted."""
+        sys.argv = self.typed
+        with contextlib.redirect_stderr(self.stderr or sys.stderr):
+            self.logs()
+            if self.argv != self.typed:
+                log.info("taken as: %s", " ".join(self.argv[1:]))
+            bars = cfg.get("progress", True) and sweeps.POOL not in os.environ
+            for name in NO_BARS:
+                os.environ.pop(name, None) if bars else os.environ.update({name: "1"})
+            try:
+                return self._of_sweep(cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else self._single(cfg)
+            finally:
+                claim.release()
+
+    def _single(self, cfg: DictConfig) -> Any:
+        """The only job: what it raises ends the script."""
         try:
-            self.result = self.task(cfg)
-        except run_folder.Complete as complete:
-            log.info("job %d: skipped, it is complete: %s", number, complete)
-        except (BadInput, Exception) as error:
-            if _disk_full(error):
-                stop(BadInput(f"the disk is full ({one_line(error)}): files of earlier steps are whole"), 1)
-            if isinstance(error, BadInput):
-                run_folder.undo()
-            if not sweep or ranks.world_size() > 1:
-                if isinstance(error, BadInput):
-                    stop(error)
-                self.bug = error
-                raise
-            if not isinstance(error, BadInput):
-                traceback.print_exc()
-            sys.stderr.write(f"error: job {number} ({told}): {one_line(error)}\n")
-            self.failed.append(f"{number} ({told})")
-            self.code = max(self.code, 2) if isinstance(error, BadInput) and self.code != 1 else 1
-        finally:
-            claim.release()
+            self._begin(cfg)
+        except BadInput as error:
+            run_folder.undo()
+            stop(error)
+        except Exception as error:
+            _stop_if_full(error)
+            self.bug = error
+            raise
         self.after()
         return self.result
+
+    def _begin(self, cfg: DictConfig) -> None:
+        log.info("%s: checking the config, then loading the libraries", os.path.basename(self.argv[0]))
+        self.result = self.task(cfg)
+        self.result = objective(cfg, self.result)
+
+    def _of_sweep(self, cfg: DictConfig) -> Any:
+        """One of several jobs. What became of it is written down for the table at the end.
+
+        Raises:
+            Exception: the job's, where a sweeper asks for its objective.
+        """
+        hydra, began = HydraConfig.get(), time.monotonic()
+        number, overrides = int(hydra.job.num), list(hydra.overrides.task)
+        told, planned = sweeps.plain(" ".join(overrides)), self.plan[number : number + 1]
+        ended, failure = sweeps.Outcome(number, overrides, sweeps.DONE), None
+        known = bool(planned) and planned[0].state == sweeps.COMPLETE
+        try:
+            if known:
+                raise run_folder.Complete(planned[0].place)
+            todo = sum(one.state != sweeps.COMPLETE for one in self.plan[number:])
+            log.info("job %d: %s%s", number, told, sweeps.left(self.seconds, todo))
+            self._begin(cfg)
+            self.seconds.append(time.monotonic() - began)
+        except run_folder.Complete as complete:
+            log.info("job %d: skipped, it is complete: %s", number, complete)
+            ended.state, self.result = sweeps.COMPLETE, objective(cfg, _scores(str(complete)))
+        except Exception as error:
+            failure, self.result = error, None
+            ended.state, ended.why, ended.code = sweeps.FAILED, one_line(error), 2 if isinstance(error, BadInput) else 1
+            self._note(error, number, told)
+        ended.seconds, ended.value = time.monotonic() - began, self.result if cfg.get("objective") else None
+        sweeps.write(ended, str(hydra.sweep.dir))
+        if not known:  # nothing has been loaded for one that is skipped
+            self.after()
+        if failure is not None and cfg.get("objective"):
+            raise failure
+        return self.result
+
+    def _note(self, error: Exception, number: int, told: str) -> None:
+        """Tell a failed job's error and go on, or end the sweep where the next job could not run either."""
+        _stop_if_full(error)
+        bad = isinstance(error, BadInput)
+        if bad:
+            run_folder.undo()
+        else:
+            traceback.print_exc()
+        said = f"job {number} ({told}): {one_line(error)}"
+        if ranks.world_size() > 1 and not (bad and ranks.all_arrive(f"failed/{number}", PATIENCE)):
+            stop(BadInput(f"{said}: the sweep ends, since its processes might wait for each other"), 2 if bad else 1)
+        if ranks.rank() == 0:
+            sys.stderr.write(f"error: {said}\n")
+
+    def command(self, overrides: Sequence[str]) -> list[str]:
+        """The command line of one job of a sweep by itself."""
+        flags = [arg for arg in self.argv[1:] if arg.startswith("-") or ("=" not in arg and not arg.startswith("~"))]
+        return [sys.executable, self.argv[0], *flags, *map(sweeps.plain, overrides)]
+
+    @contextlib.contextmanager
+    def told(self, scratch: str) -> Iterator[None]:
+        """Tell at the end of a sweep, however it ends, what became of its jobs.
+
+        Args:
+            scratch: the sweep's folder.
+        """
+        try:
+            yield
+        except Exception:
+            self._tell(scratch)
+            if self.bug is not None or not self.failed:
+                raise  # else it is a sweeper's, after jobs that failed
+        finally:
+            self._tell(scratch)
+
+    def _tell(self, scratch: str) -> None:
+        if not self.ended and sweeps.POOL not in os.environ:
+            self.ended = sweeps.outcomes(scratch, self.plan)
+            if self.ended:
+                log.info(sweeps.summary(self.ended))
+
+    @property
+    def failed(self) -> list[sweeps.Outcome]:
+        """The jobs that failed."""
+        return [one for one in self.ended if one.state == sweeps.FAILED]
 
     def end(self) -> None:
         """Exit with an error, and the list, if jobs of a sweep failed."""
         if self.failed:
-            stop(BadInput(f"{len(self.failed)} of {self.count} jobs failed: {', '.join(self.failed)}"), self.code)
+            named = ", ".join(f"{one.number} ({sweeps.plain(' '.join(one.overrides))})" for one in self.failed)
+            code = 1 if any(one.code == 1 for one in self.failed) else 2
+            stop(BadInput(f"{len(self.failed)} of {len(self.ended)} jobs failed: {named}"), code)
 
 
-def _disk_full(error: Exception) -> bool:
-    """Whether an error, of the system or of a library that writes weights, says that there is no room."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+def objective(cfg: DictConfig, scores: Any) -> Any:
+    """What a job returns: the score that the key `objective` names, a list of them for several; all without it.
+
+    Raises:
+        BadInput: the run has no such score.
+    """
+    names = cfg.get("objective")
+    if names is None or ranks.rank() > 0:  # scores are rank 0's
+        return scores
+    asked = [names] if isinstance(names, str) else list(names)
+    for name in asked:
+        if not isinstance((scores or {}).get(name), int | float):
+            there = [key for key, value in (scores or {}).items() if isinstance(value, int | float)]
+            raise BadInput(f"objective={name}: the run has no such score: it has {', '.join(there) or 'none'}")
+    values = [float(scores[name]) for name in asked]
+    return values[0] if isinstance(names, str) else values
+
+
+def _scores(folder: str) -> dict[str, Any]:
+    """The scores of a complete run, as its last file tells them."""
+    file = Path(folder) / FINISHED
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _stop_if_full(error: Exception) -> None:
+    """Exit if an error, of the system or of a library that writes weights, says that there is no room on the disk."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):
+        stop(BadInput(f"the disk is full ({one_line(error)}): files of earlier steps are whole"), 1)
 
 
 class BesideBars(logging.StreamHandler):

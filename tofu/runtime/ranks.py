@@ -71,6 +71,26 @@ def from_rank_0(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def all_arrive(where: str, patience: float) -> bool:
+    """Whether every process of the launch comes here within `patience` seconds.
+
+    They meet in the launcher's store, not in a collective: one that does not come may be in a collective of its own.
+
+    Args:
+        where: a name that no earlier meeting had.
+    """
+    import torch
+
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience))
+        store.set(f"tofu/{where}/{rank()}", "here")
+        store.wait([f"tofu/{where}/{one}" for one in range(world_size())], timedelta(seconds=patience))
+    except RuntimeError:  # torch.distributed's errors are
+        return False
+    return True
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A collated batch with its tensors on `device`, those in dicts and lists too; the host does not wait for them."""
 

@@ -1,5 +1,6 @@
 """A run's folder: what may be written where, what may be removed, and what says that a run is complete."""
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def start_run(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
     if not overwrite and in_a_sweep():
-        _check_complete(cfg, folder)  # on every rank: they all go on to the next job
+        overwrite = _again(cfg, folder)  # on every rank: they all go on to the next job
     if ranks.rank() > 0:
         return folder
     with _claimed(folder):
@@ -129,21 +130,55 @@ def in_a_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _check_complete(cfg: DictConfig, folder: Path) -> None:
-    """Look at the run in a sweep job's folder, if one is complete there.
+def found(cfg: DictConfig, folder: Path) -> str:
+    """What a training's folder holds for a job of a sweep: `complete`, `cut off`, or "": no run that it may replace.
+
+    Nothing is changed there.
+
+    Args:
+        cfg: the job's checked config.
 
     Raises:
-        Complete: it was made with this config, from the same inputs.
-        BadInput: it was made with another one; the keys are named.
+        BadInput: a run with another config, or from other inputs; the keys are named.
+    """
+    if not (folder / VERSIONS).is_file():
+        return ""
+    whole, explained = (folder / FINISHED).is_file(), (folder / CONFIG).is_file()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)}
+    if (whole and not explained) or names <= {CONFIG, VERSIONS, WRITTEN, claim.CLAIM}:
+        return ""
+    if explained and (differ := provenance.other_config(folder, cfg)):
+        raise BadInput(
+            f"save_dir={folder} holds {'a complete' if whole else 'an unfinished'} run with other settings: "
+            f"{', '.join(differ)}: name another save_dir, or overwrite_dir=true to replace it"
+        )
+    return "complete" if whole else "cut off"
+
+
+def evaluated(cfg: DictConfig, folder: Path) -> bool:
+    """Whether a folder holds the complete evaluation that `cfg` asks for, of the model that is there now.
+
+    Only of a run's model is that known here, by its finished.json; of another one the evaluation itself looks.
     """
     if not all((folder / name).is_file() for name in (FINISHED, CONFIG, VERSIONS)):
-        return
-    if differ := provenance.other_config(folder, cfg):
-        raise BadInput(
-            f"save_dir={folder} holds a complete run with other settings: {', '.join(differ)}: name another save_dir, "
-            "or overwrite_dir=true to replace it"
-        )
-    raise Complete(str(folder))
+        return False
+    made = json.loads((folder / VERSIONS).read_text(encoding="utf-8")).get("inputs", {})
+    return "model_path" in made and not provenance.other_config(folder, cfg)
+
+
+def _again(cfg: DictConfig, folder: Path) -> bool:
+    """Whether a sweep's job replaces what is in its folder: a run of the same config that was cut off.
+
+    Raises:
+        Complete: the run there is complete.
+        BadInput: see `found`.
+    """
+    state = found(cfg, folder)
+    if state == "complete":
+        raise Complete(str(folder))
+    if state:
+        log.info("%s: the run there was cut off, it starts again", folder)
+    return bool(state)
 
 
 class Complete(Exception):
