@@ -161,6 +161,9 @@ def _check_run(cfg: DictConfig) -> None:
     if cfg.LoRA.dropout >= 1:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
     choice("attention", cfg.attention, ATTENTIONS)
+    names = cfg.objective if isinstance(cfg.objective, ListConfig) else [cfg.objective or ""]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"objective={cfg.objective}: it must be the name of a score, or a list of names")
     if cfg.LoRA.quantize not in (None, "4bit"):
         raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")
     if cfg.LoRA.quantize and not cfg.LoRA.r:

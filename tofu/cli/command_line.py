@@ -83,15 +83,18 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
                     _check_fits(name, config_name, argv)
-                    if sweeps.MULTIRUN & set(argv[1:]):
+                    if sweeps.MULTIRUN & set(argv[1:]) and sweeps.POOL not in os.environ:
                         _log()
+                        sweeps.check_plugins(_theirs(argv[1:]))
                         jobs.plan = sweeps.plan(name, _kind(name), _theirs(argv[1:]))
                         sweeps.tell(jobs.plan)
-                    sys.argv = [argv[0], *_ordered(argv[1:], _overrides(scratch))]
+                    sys.argv = [argv[0], *_ordered(argv[1:], [*_overrides(scratch), *sweeps.settings(argv)])]
                     with jobs.told(scratch), contextlib.redirect_stderr(held):  # every rank finds the same error
                         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(jobs)()
                 if ranks.rank() == 0:
-                    sys.stderr.write(held.getvalue())
+                    sys.stderr.write(
+                        re.sub(r"Error executing job with overrides.*\n", "", held.getvalue())
+                    )  # told by then
                 jobs.end()
                 return jobs.result
 

@@ -63,6 +63,7 @@ class Jobs:
         self.plan: list[sweeps.Planned] = []
         self.seconds: list[float] = []
         self.ended: list[sweeps.Outcome] = []
+        self.started = False
         self.result: Any = None
         self.bug: Exception | None = None  # of a single job: it keeps its traceback
 
@@ -75,8 +76,9 @@ class Jobs:
         sys.argv = self.typed
         with contextlib.redirect_stderr(self.stderr or sys.stderr):
             self.logs()
-            if self.argv != self.typed:
+            if self.argv != self.typed and not self.started:
                 log.info("taken as: %s", " ".join(self.argv[1:]))
+            self.started = True
             bars = cfg.get("progress", True) and sweeps.POOL not in os.environ
             for name in NO_BARS:
                 os.environ.pop(name, None) if bars else os.environ.update({name: "1"})
@@ -119,7 +121,7 @@ class Jobs:
             if known:
                 raise run_folder.Complete(planned[0].place)
             todo = sum(one.state != sweeps.COMPLETE for one in self.plan[number:])
-            log.info("job %d: %s%s", number, told, sweeps.left(self.seconds, todo))
+            log.info("job %d: %s%s", number, sweeps.varying(self.plan, number) or told, sweeps.left(self.seconds, todo))
             self._begin(cfg)
             self.seconds.append(time.monotonic() - began)
         except run_folder.Complete as complete:

@@ -143,7 +143,7 @@ class Pool:
         card, began = self.free.get(), time.monotonic()
         try:
             if not self.stopped:
-                told = sweeps.plain(" ".join(overrides))
+                told = sweeps.varying(self.jobs.plan, number) or sweeps.plain(" ".join(overrides))
                 left = sweeps.left(self.jobs.seconds, len(self.todo), self.at_once)
                 log.info("job %d%s: %s%s", number, "" if card is None else f" on GPU {card}", told, left)
                 self._process(number, overrides, card)

@@ -53,6 +53,7 @@ class Run:
     precision: str = MISSING
     logging_steps: int = MISSING
     report_to: Any = MISSING
+    objective: Any = None
     progress: bool = MISSING
     overwrite_dir: bool = MISSING
     dry_run: bool = MISSING

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 import utils
 from tofu.cli.checks import check
 from tofu.cli.schema import CONFIG_DIR, Evaluate, Finetune, Forget
-from tofu.runtime import run_folder
+from tofu.runtime import ranks, run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ COMPLETE, CONTINUES, TO_DO, REFUSED = "complete", "continues", "to do", "refused
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"  # afterwards; COMPLETE too
 MULTIRUN = {"--multirun", "-m"}
 POOL = "TOFU_SWEEP"  # set for a process that runs one job of a sweep: the job's number and the sweep's folder
+PLACES = ("save_dir", "save_file")  # keys that vary because others do
 RESUME = "resume"  # below a run's folder: what a run that was cut off can be continued from
 
 
@@ -81,6 +82,35 @@ def folder() -> Iterator[str]:
             yield scratch
 
 
+def _drawn(overrides: Sequence[str]) -> bool:
+    """Whether a sweeper draws the jobs one by one."""
+    return any(re.match(r"\+*hydra/sweeper=(?!basic$)", one) for one in overrides)
+
+
+def check_plugins(overrides: Sequence[str]) -> None:
+    """Refuse what a launcher or a sweeper of Hydra's cannot do.
+
+    Raises:
+        BadInput: several processes share each job, or a sweeper draws jobs by an objective that nobody has named.
+    """
+    other = next((one for one in overrides if re.match(r"\+*hydra/(sweeper|launcher)=(?!basic$)", one)), None)
+    if other and ranks.world_size() > 1:
+        raise BadInput(
+            f"{other}: it starts processes for jobs by itself, and here are {ranks.world_size()} that share "
+            "each job: start it with python, without torchrun"
+        )
+    if _drawn(overrides) and not any(one.startswith("objective=") for one in overrides):
+        raise BadInput(
+            f"{other}: it looks for the best value of a score: name the score, objective='Model Utility' say"
+        )
+
+
+def settings(argv: Sequence[str]) -> list[str]:
+    """Hydra's own settings: a process of the pool runs its one job here, and failed trials end no study."""
+    ours = ["hydra/launcher=processes"] if POOL in os.environ else []
+    return [*ours, *(["hydra.sweeper.max_failure_rate=1.0"] if "hydra/sweeper=optuna" in argv else [])]
+
+
 def plan(name: str, kind: type | None, overrides: Sequence[str]) -> list[Planned]:
     """The jobs of a sweep, as they are before the first one starts.
 
@@ -93,7 +123,7 @@ def plan(name: str, kind: type | None, overrides: Sequence[str]) -> list[Planned
     Raises:
         BadInput: two jobs would write to one place.
     """
-    if any(re.match(r"\+*hydra/sweeper=(?!basic)", one) for one in overrides):
+    if _drawn(overrides):
         return []
     found: dict[str, Planned] = {}
     configs: list[DictConfig] = []
@@ -189,7 +219,15 @@ def _varying(jobs: Sequence[list[str]]) -> list[str]:
     """The keys whose values differ between jobs, in the order in which they were typed."""
     pairs = [dict(one.split("=", 1) for one in job) for job in jobs]
     keys = dict.fromkeys(key for pair in pairs for key in pair)
-    return [key for key in keys if len({pair.get(key) for pair in pairs}) > 1]
+    return [key for key in keys if key not in PLACES and len({pair.get(key) for pair in pairs}) > 1]
+
+
+def varying(planned: Sequence[Planned], number: int) -> str:
+    """What sets a job of a sweep apart from the others, as it was typed; "" where no plan knows it."""
+    if number >= len(planned):
+        return ""
+    names = _varying([one.overrides for one in planned])
+    return " ".join(plain(one) for one in planned[number].overrides if one.split("=", 1)[0] in names)
 
 
 def _values(overrides: list[str], names: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ NOT_SETTINGS = (
     "progress",
     "logging_steps",
     "report_to",
+    "objective",
     "eval.batch_size",
 )  # keys that change no number
 ABSENT = "not given"
