@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
+from tofu.cli import oracle
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -319,6 +320,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
         choice(f"{prefix}save_format", name, SAVE_FORMATS)
     _check_metrics(cfg, prefix)
     cfg.split = _perturbed(cfg.split)
+    cfg.retain_result = oracle.resolve(cfg, prefix)
     sets = len(cfg.eval_task) if isinstance(cfg.eval_task, ListConfig) else 1
     for key in PARALLEL:
         if not isinstance(cfg[key], ListConfig):

@@ -177,7 +177,7 @@ class Jobs:
     def _tell(self, scratch: str) -> None:
         if not self.ended and sweeps.POOL not in os.environ:
             self.ended = sweeps.outcomes(scratch, self.plan)
-            if self.ended:
+            if len(self.ended) > 1:
                 log.info(sweeps.summary(self.ended))
 
     @property

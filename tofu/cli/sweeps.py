@@ -208,7 +208,8 @@ def tell(planned: Sequence[Planned]) -> None:
     states = [one.state for one in planned]
     counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
     rows = [[str(i), *_values(one.overrides, names), one.state] for i, one in enumerate(planned)]
-    log.info("a sweep of %d jobs: %s\n%s", len(planned), counts, table(["job", *names, ""], rows))
+    if len(planned) > 1:
+        log.info("a sweep of %d jobs: %s\n%s", len(planned), counts, table(["job", *names, ""], rows))
     refused = [one for one in planned if one.state == REFUSED]
     if refused:
         more = f" ({len(refused) - 1} more jobs are refused)" if len(refused) > 1 else ""

@@ -38,6 +38,7 @@ NOT_SETTINGS = (
     "logging_steps",
     "report_to",
     "objective",
+    "oracle",
     "eval.batch_size",
 )  # keys that change no number
 ABSENT = "not given"
@@ -162,14 +163,21 @@ def state(folder: str | Path, asked: Sequence[str]) -> str:
 RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # what a comparable run has in common
 
 
+def finetuning(path: str | None) -> tuple[Path, Any] | None:
+    """The run that finetuned a model, or the one that it was unlearned from: its folder and its config."""
+    while path is not None and (Path(utils.find(path)) / CONFIG).is_file():
+        folder = Path(utils.find(path))
+        cfg: Any = OmegaConf.load(folder / CONFIG)
+        if "forget_loss" not in cfg:
+            return folder, cfg
+        path = cfg.get("model_path")
+    return None
+
+
 def recipe(path: str | None) -> str:
     """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
-    while path is not None and (Path(path) / CONFIG).is_file():
-        cfg: Any = OmegaConf.load(Path(path) / CONFIG)
-        if "forget_loss" not in cfg:
-            return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
-        path = cfg.get("model_path")
-    return ""
+    found = finetuning(path)
+    return " ".join(f"{key}={found[1][key]}" for key in RECIPE if key in found[1]) if found else ""
 
 
 def versions(cfg: DictConfig | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Importing it loads no torch: the command line asks for the rank before anything 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ def release() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     state().wait_for_everyone()
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()  # else the next job of a sweep would log into this one's run
     accelerate.state.GradientState._reset_state()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()
