@@ -111,7 +111,7 @@ def arguments(
         max_grad_norm=max_grad_norm,
         optim=optim,
         seed=seed,
-        report_to=report_to,
+        report_to=report_to if isinstance(report_to, str) else [*report_to],  # of OmegaConf's lists it knows nothing
         disable_tqdm=not progress,
         logging_steps=logging_steps,
         bf16=engine.bf16,
