@@ -131,7 +131,7 @@ def plan(name: str, kind: type | None, overrides: Sequence[str]) -> list[Planned
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             for number, job in enumerate(_jobs([one for one in overrides if not re.match(r"\W*hydra[./]", one)])):
-                cfg = hydra.compose(name, [re.sub(r"\$\\?\{hydra:job\.num\\?\}", str(number), one) for one in job])
+                cfg = hydra.compose(name, [re.sub(r"\$\\?\{hydra\\?:job\.num\\?\}", str(number), one) for one in job])
                 key = "save_dir" if "save_dir" in cfg else "save_file"
                 place = str(cfg[key])
                 if place in found:
