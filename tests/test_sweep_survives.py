@@ -76,7 +76,7 @@ def test_interrupted_and_killed(whole, model_folder, tmp_path):
     """By Ctrl-C, by kill -9, then to its end: the same bytes, and a table with the one that diverges."""
     said, rows = outcomes(whole)
     assert said == "32 jobs: 31 done, 1 failed" and len(finished(whole)) == 31
-    assert [row for row in rows if "failed: step " in row and "the model has diverged" in row] == [rows[15]]
+    assert [row for row in rows if "failed: step " in row and "the model has diverged" in row] == [rows[11]]
     draw = random.Random(0)
     for how, least in ((signal.SIGINT, 4), (signal.SIGKILL, 14)):
         process, until = begin(tmp_path / "cut", *SWEEP, *GRID, f"model_path={model_folder}"), time.monotonic() + 300

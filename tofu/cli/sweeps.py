@@ -233,7 +233,7 @@ def varying(planned: Sequence[Planned], number: int) -> str:
 
 def _values(overrides: list[str], names: Sequence[str]) -> list[str]:
     pairs = dict(one.split("=", 1) for one in overrides)
-    return [plain(pairs.get(name, "")) for name in names]
+    return [plain(pairs.get(name, "")).strip("'\"") for name in names]
 
 
 def table(head: list[str], rows: Sequence[list[str]]) -> str:
