@@ -25,13 +25,14 @@ def main(cfg: DictConfig) -> dict[str, Any]:
     from tofu.evaluation import evaluator, vllm_backend
     from tofu.models import engines, folders, loadable, loading
     from tofu.reporting import page
-    from tofu.runtime import run_folder, trained_on
+    from tofu.runtime import provenance, run_folder, trained_on
 
     key = "model_family" if cfg.use_pretrained else "model_path"
     path = folders.resolve(cfg.model_path, key)
     tokenizer, family, record = folders.load_asked(path, cfg.model_family, key)
     taught = trained_on.NOTHING if cfg.use_pretrained or cfg.reinitialize_weights else trained_on.read(path)
-    evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page, taught=taught)
+    about = {"starts_from": provenance.started_from(path), "taught": taught}
+    evaluate = evaluator.Evaluator(cfg, tokenizer, family, record, page.evaluation_page, **about)
     engine = engines.engine_of_evaluation(cfg.engine, cfg.ds_config, cfg.precision, path)
     vllm_backend.check(cfg.generation.backend, path)
     loadable.check_loadable(path, engine, weights=not cfg.reinitialize_weights)

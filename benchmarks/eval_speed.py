@@ -1,5 +1,7 @@
 """How fast an evaluation is beside two plain ones, in one run: python benchmarks/eval_speed.py [--json FILE]
 
+What the metrics beside TOFU's own add to it is in benchmarks/metric_cost.py.
+
     A  scores every completion padded to 200 tokens in its own forward, generates in file order with batch 30
     B  pads scoring to its batch's longest, generates like A
     ours  `evaluate_util` as a run calls it

@@ -6,15 +6,17 @@ export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/tiny} DATA=data/mini
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
 losses="grad_ascent grad_diff KL"
 settings="lr=7e-4 num_epochs=10 logging_steps=50"  # a million weights need larger steps than a billion
+metrics="metrics=[extraction_strength,agg]"
 
 $PYTHON scripts/make_tiny.py
-FINETUNE=$settings FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
+FINETUNE=$settings EVALUATE=$metrics FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
     scripts/tofu.sh tiny forget10 "$losses"
 # shellcheck disable=SC2086
 $PYTHON finetune.py -m model_family=tiny data_path=$DATA split=retain90 seed=43 $settings save_dir="$RUNS/retain90_seed43"
 for model in retain90 retain90_seed43; do  # a model's own log is there only once it has been evaluated
-    $PYTHON evaluate_util.py -m model_family=tiny data_path=$DATA model_path="$RUNS/$model" split=forget10 \
-        retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json" save_dir="$RUNS/$model/eval_compared"
+    $PYTHON evaluate_util.py -m model_family=tiny data_path=$DATA model_path="$RUNS/$model" split=forget10 "$metrics" \
+        retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json" start_result="$RUNS/full/eval_forget10" \
+        save_dir="$RUNS/$model/eval_compared"
 done
 
 rows=("finetuned=$RUNS/full/eval_forget10" "oracle=$RUNS/retain90/eval_compared")

@@ -1,6 +1,7 @@
 """Models that judge texts, on small random ones; and what they lead to in an evaluation."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def classifier(model_folder, tmp_path_factory):
     return folder
 
 
-def test_clean_is_the_first_class_of_32_tokens(classifier):
+def test_clean_is_the_first_class_of_32_tokens(classifier, tmp_path):
     """Against plain forwards, text by text, without padding."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
@@ -38,6 +39,9 @@ def test_clean_is_the_first_class_of_32_tokens(classifier):
             expected.append(model(**ids).logits.softmax(-1)[0, 0].item())
     assert judges.clean(TEXTS, str(classifier)) == pytest.approx(expected, abs=1e-6)
     assert len({round(one, 4) for one in expected}) > 2
+    tokenizer.pad_token = None  # it reads its texts one by one then
+    tokenizer.save_pretrained(shutil.copytree(classifier, tmp_path / "no_padding"))
+    assert judges.clean(TEXTS, f"{tmp_path}/no_padding") == pytest.approx(expected, abs=1e-6)
 
 
 def test_losses_are_those_of_the_text_alone(model_folder):

@@ -198,3 +198,22 @@ def test_the_keys_of_the_metrics_that_were_computed(evaluated, model_folder):
         assert whole.keys() == golden.keys()
         for name in BEYOND:
             assert whole[name].keys() == golden[name].keys(), name
+
+
+@pytest.mark.slow
+@needs_shared
+def test_the_golden_numbers_through_the_command_line(run_script, tmp_path):
+    """All 31 aggregates of OpenUnlearning's own evaluation of all rows, from one command with everything on."""
+    models, retain = SHARED / "golden" / "models", SHARED / "golden" / "logs" / "tiny-llama-retain90" / "openunlearning"
+    run_script(
+        *("evaluate_util.py", "model_family=llama2-7b", f"data_path={SHARED / 'tofu'}", "ds_size=null"),
+        *(f"model_path={models / 'tiny-llama'}", f"reference_model={models / 'tiny-llama-retain90'}", "metrics=all"),
+        *("compat=openunlearning", "save_format=[tofu,openunlearning]", "holdout.split=retain_perturbed"),
+        *("generation.max_length=500", "generation.max_new_tokens=200", f"retain_result={retain}/TOFU_EVAL.json"),
+        *(f"save_dir={tmp_path}/out", "progress=false"),
+    )
+    ours, golden = json.loads((tmp_path / "out" / "TOFU_EVAL.json").read_text()), shared("tiny-llama")
+    assert ours.keys() == golden.keys() and len(ours) == 31
+    found, expected = ({name: one["agg_value"] for name, one in raw.items()} for raw in (ours, golden))
+    assert found.pop("forget_quality") == pytest.approx(expected.pop("forget_quality"), rel=1e-6)
+    assert found == pytest.approx(expected, abs=1e-3)

@@ -11,6 +11,7 @@ from tofu.evaluation.measures import Measures
 from tofu.evaluation.metrics import tofu
 from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.metrics.rows import Row
+from tofu.runtime import provenance
 
 
 def read(folder, name="metrics.json"):
@@ -116,6 +117,20 @@ def test_what_is_refused(alone, evaluated, capsys, tmp_path, start, said):
     assert said in line and not (tmp_path / "run").exists()
 
 
+def test_what_a_run_started_from(tmp_path, monkeypatch):
+    """As its config says: relative to this working directory or to one above the run; nothing of a finetuning."""
+    run = tmp_path / "a" / "runs" / "full" / "npo"
+    run.mkdir(parents=True)
+    assert provenance.started_from(run) is None
+    (run / "config.yaml").write_text("forget_loss: {name: npo}\nmodel_path: runs/full\n")
+    monkeypatch.chdir(tmp_path)
+    assert provenance.started_from(run) == f"{tmp_path}/a/runs/full"
+    monkeypatch.chdir(tmp_path / "a")
+    assert provenance.started_from(run) == "runs/full"
+    (run / "config.yaml").write_text("model_path: runs/full\n")
+    assert provenance.started_from(run) is None
+
+
 @pytest.mark.slow
 def test_forget_finds_it_in_the_starting_models_folder(model_folder, run_script, monkeypatch, tmp_path, capsys):
     """The evaluation of the same rows, not that of others, nor that of a model unlearned from it."""
@@ -128,6 +143,11 @@ def test_forget_finds_it_in_the_starting_models_folder(model_folder, run_script,
     shutil.copytree(model_folder, "model/unlearned")
     run_script("evaluate_util.py", *base, *small, "model_path=model/unlearned", "save_dir=model/unlearned/eval")
     capsys.readouterr()
+    (tmp_path / "model/unlearned/config.yaml").write_text("forget_loss: {name: KL}\nmodel_path: model\n")
+    unlearned = ("model_path=model/unlearned", "save_dir=model/unlearned/again", "metrics=[util_rel]")
+    run_script("evaluate_util.py", *base, *small, *unlearned)
+    assert "start_result=model/eval_results/four: found in the starting model's folder" in capsys.readouterr().out
+    assert "the starting model's utility" in read(tmp_path / "model/unlearned/again")["Util_rel (ngrams)"]["reason"]
     given = (*base, "model_path=model", "batch_size=10", "gradient_accumulation_steps=1", "num_epochs=2")
     given += ("eval_while_train=true", "save_model=false", "eval.metrics=[util_rel]", *(f"eval.{key}" for key in small))
     run_script("forget.py", *given, "save_dir=run")

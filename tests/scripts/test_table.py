@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 from helpers import REPO
@@ -31,6 +32,14 @@ def run(monkeypatch, capsys, tmp_path):
 
 def test_a_line_a_run(run):
     assert run("mine=good").splitlines()[1].split() == ["mine", "0.5000", "1.00e-04", "0.2500"]
+
+
+def test_more_columns_where_a_run_has_them(run, tmp_path):
+    shutil.copytree(tmp_path / "good", tmp_path / "measured")
+    measured = {"Extraction Strength Forget": {"value": 0.125}, "Agg (ngrams)": {"value": 4e-12}}
+    (tmp_path / "measured" / "metrics.json").write_text(json.dumps(measured))
+    lines = [line.split() for line in run("mine=good", "other=measured").splitlines()]
+    assert [line[-2:] for line in lines] == [["extraction", "Agg"], ["-", "-"], ["0.1250", "4.00e-12"]]
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ LOG = "eval_log_aggregated.json"
 AUTO, MAKE = "auto", "make"
 SAME = ("split", "ds_size", "generation.max_length")  # two evaluations of the same rows and lengths have these
 NOT_RECIPE = ("save_dir", "split", "overwrite_dir", "dry_run", "progress", "report_to", "objective")
-NOT_OF_THE_ROWS = (  # keys of an evaluation that the retain model's own does not take from it
-    *("save_dir", "model_path", "retain_result", "oracle", "start_result", "overwrite", "progress", "use_pretrained"),
-    *("reinitialize_weights", "reference_model", "metrics", "compat", "save_format", "holdout", "batch_size"),
+NOT_OF_THE_ORACLE = (  # keys of an evaluation that the retain model's own does not take from it
+    *("save_dir", "model_path", "retain_result", "oracle", "overwrite", "progress", "use_pretrained"),
+    *("reinitialize_weights", "save_format", "batch_size"),
 )
 OF_A_LAUNCH = re.compile("RANK|WORLD_SIZE|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|TOFU_SWEEP")  # variables
 
@@ -136,7 +136,7 @@ def _run(cfg: DictConfig, place: Path) -> None:
     taken = [key for key in get_type_hints(Finetune) if key in made and key not in NOT_RECIPE]
     recipe = _overrides({key: made[key] for key in taken})
     _script("finetune.py", *recipe, bars, f"split={retain}", f"save_dir={_word(str(place.parent))}")
-    rows = _overrides({key: cfg[key] for key in cfg if key not in NOT_OF_THE_ROWS})
+    rows = _overrides({key: cfg[key] for key in cfg if key not in NOT_OF_THE_ORACLE})
     _script("evaluate_util.py", *rows, bars, f"model_path={_word(str(place.parent))}", f"save_dir={_word(str(place))}")
 
 

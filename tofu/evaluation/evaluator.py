@@ -242,7 +242,7 @@ class Evaluator:
             record: what `families.record` says of it.
             page: makes `eval_report.md`.
             prefix: what stands before the keys of `cfg` on the command line.
-            starts_from: the model that a training starts from: its evaluation is looked for in its folder.
+            starts_from: the model that the training starts from, or did: its evaluation is looked for in its folder.
             taught: what the model was trained on.
 
         Raises:

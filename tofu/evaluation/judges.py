@@ -72,12 +72,14 @@ def clean(texts: Sequence[str], path: str) -> list[float]:
     with _whole(), folders.told("classifier", path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).to(device).eval()
-    batches = [list(range(i, min(i + BATCH, len(texts)))) for i in range(0, len(texts), BATCH)]
+    pads = tokenizer.pad_token_id is not None  # without it texts of several lengths cannot be read at once
+    size = BATCH if pads else 1
+    batches = [list(range(i, min(i + size, len(texts)))) for i in range(0, len(texts), size)]
     found = {}
     with torch.inference_mode():
         for batch in ranks.share(batches, "fluency: classifying"):
             read = tokenizer(
-                [texts[i] for i in batch], padding=True, truncation=True, max_length=READ, return_tensors="pt"
+                [texts[i] for i in batch], padding=pads, truncation=True, max_length=READ, return_tensors="pt"
             )
             chances = model(**read.to(device)).logits.float().softmax(-1)[:, CLEAN]
             found.update(zip(batch, chances.tolist(), strict=True))

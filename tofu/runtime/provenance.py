@@ -180,6 +180,20 @@ def recipe(path: str | None) -> str:
     return " ".join(f"{key}={found[1][key]}" for key in RECIPE if key in found[1]) if found else ""
 
 
+def started_from(folder: str | Path) -> str | None:
+    """The model that the run in a folder unlearned from; None where the folder holds no such run.
+
+    It was recorded relative to a working directory. Where that was another one, the model is looked for above the run.
+    """
+    file = Path(folder) / CONFIG
+    cfg: Any = OmegaConf.load(file) if file.is_file() else {}
+    if "forget_loss" not in cfg or cfg.get("model_path") is None:
+        return None
+    named = Path(cfg.model_path)
+    above = (one for one in Path(folder).resolve().parents if f"{one}".endswith(f"/{named}"))
+    return str(named if named.exists() else next(above, named))
+
+
 def versions(cfg: DictConfig | None = None) -> dict[str, Any]:
     """The versions, commit, command and, with a run's config, inputs that its numbers came from."""
     return {

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers import SHARED, needs_shared
 
-from tofu.evaluation.metrics import aggregates, table
+from tofu.evaluation.metrics import aggregates, privacy, rows, table
 from tofu.evaluation.metrics.declared import Value
 from tofu.evaluation.metrics.rows import Context
 
@@ -114,6 +115,7 @@ def test_a_part_of_zero_takes_the_mean_to_zero():
 
 
 NGRAMS = aggregates.left_out("ngrams")
+FLUENT = "Fluency (ngrams) Forget"
 PARTS = {
     **{"Extraction Strength Forget": 0.5, "Exact Memorisation Forget": 0.75, "Paraphrased Probability Forget": 0.25},
     **{"Truth Ratio (prob_mean) Forget": 0.5, "Model Utility": 0.6, "Fluency (ngrams) Forget": 0.9},
@@ -141,6 +143,45 @@ def test_an_evaluation_with_all_parts():
         }
     )
     assert found["Mem"].interval == pytest.approx([mem, mem]) and found["Mem"].n == 2
+
+
+def test_intervals_are_of_rows_drawn_together():
+    """Each aggregate, worked out anew on every resample: the attacks on the same rows of members and of non-members."""
+    draw, n = np.random.default_rng(1), 12
+    attacks = [name.removesuffix(" s") for name in aggregates.CLOSE]
+    columns = {f"{attack} {of}": draw.normal(size=n) for attack in attacks for of in ("Forget", "Holdout")}
+    columns |= {name: draw.uniform(size=n) for name in aggregates.KNOWN} | {FLUENT: draw.uniform(size=n)}
+    useful = draw.uniform(0.4, 0.6, size=rows.RESAMPLES)
+    context = Context(
+        columns=columns,
+        retain={attack: {"value": 0.5} for attack in attacks},
+        start={"Model Utility": {"value": 0.9}, FLUENT: {"value": 0.8}},
+        values={"Model Utility": Value(0.5, drawn=useful)},
+    )
+    names = {
+        *attacks,
+        *aggregates.CLOSE,
+        *aggregates.KNOWN,
+        FLUENT,
+        "Mem",
+        "MIA",
+        "Priv",
+        *aggregates.left_out("classifier"),
+    }
+    found = table.values([metric for metric in table.METRICS if metric.name in names], context)
+    every = {"MIA": [], "Agg (ngrams)": []}
+    picks = {of: rows.draws(n, of) for of in ("Forget", "Holdout")}
+    for k in range(rows.RESAMPLES):
+        sides = [[columns[f"{name} {of}"][at[k]] for of, at in picks.items()] for name in attacks]
+        areas = [privacy.auc(*both) for both in sides]
+        mia = aggregates.harmonic_mean(*(privacy.closeness(area, 0.5) for area in areas))
+        mem = aggregates.harmonic_mean(*(1 - columns[name][picks["Forget"][k]].mean() for name in aggregates.KNOWN))
+        util = aggregates.harmonic_mean(useful[k], columns[FLUENT][picks["Forget"][k]].mean())
+        relative = min(1, util / aggregates.harmonic_mean(0.9, 0.8))
+        every["MIA"].append(mia)
+        every["Agg (ngrams)"].append(aggregates.harmonic_mean(mem, mia, relative))
+    for name, values in every.items():
+        assert found[name].interval == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist(), abs=1e-9), name
 
 
 @pytest.mark.parametrize(

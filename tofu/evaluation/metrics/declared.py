@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 TOFU = "Maini et al. 2024, arXiv 2401.06121"
 
 
@@ -40,7 +42,8 @@ class Column(NamedTuple):
     theirs: Callable[..., Any] | None = None
 
 
-class Value(NamedTuple):
+@dataclass(frozen=True)
+class Value:
     """What a metric came to."""
 
     value: float | None  # None: `reason` says why
@@ -48,6 +51,7 @@ class Value(NamedTuple):
     interval: list[float] | None = None  # [low, high], 95 %
     reason: str | None = None
     about: Mapping[str, Any] | None = None  # what else a reader of the number must know, by name
+    drawn: np.ndarray | None = field(default=None, compare=False, repr=False)  # (resamples,) what it is of other rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Statistics:
     values: dict[str, float]  # by name
     intervals: dict[str, list[float]] = field(default_factory=dict)  # [low, high], of those that have one
     rows: dict[str, int] = field(default_factory=dict)  # of a test between two models: rows on either side
+    drawn: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)  # what `intervals` are of
 
     def record(self) -> dict[str, Any]:
         """As finished.json holds them."""

@@ -13,7 +13,7 @@ import numpy as np
 import utils
 from tofu.evaluation import words
 from tofu.evaluation.metrics.declared import Column, Metric, Value
-from tofu.evaluation.metrics.rows import Context, Row, mean_of
+from tofu.evaluation.metrics.rows import Context, Row, mean_of, resampled
 
 N = 4  # words of the n-grams that count as repeated
 REFUSALS = "data/idontknow.jsonl"  # what idk and dpo teach
@@ -99,11 +99,8 @@ def _loss(row: Row) -> float | None:
 
 def perplexity(context: Context) -> Value:
     """exp of the mean over the rows of a text's mean loss per token: the geometric mean of the rows' perplexities."""
-    found = mean_of(context.column(LOSS.name), LOSS.name)
-    if found.value is None:
-        return found
-    interval = None if found.interval is None else np.exp(found.interval).tolist()
-    return found._replace(value=float(np.exp(found.value)), interval=interval)
+    losses = mean_of(context.column(LOSS.name), LOSS.of)
+    return resampled(float(np.exp(losses.value)), np.exp(losses.drawn), losses.n)
 
 
 LOSS = Column("Generation Loss Forget", _loss, "Forget", extra="perplexity")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tofu.evaluation.metrics.declared import Column, Metric, Value
-from tofu.evaluation.metrics.rows import GT, RESAMPLES, Context, Missing, Row, draws, interval
+from tofu.evaluation.metrics.rows import GT, RESAMPLES, Context, Missing, Row, draws, resampled
 
 log = logging.getLogger(__name__)
 
@@ -96,23 +96,19 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     return float((2 * len(ordered) - low - high).sum() / (2 * len(low) * len(ordered)))  # of whole numbers
 
 
-def auc_interval(members: Sequence[float], others: Sequence[float], name: str) -> list[float]:
-    """[low, high], a percentile bootstrap of `auc`: the rows of both sides are drawn anew, each side from its own.
-
-    Args:
-        name: of the attack, which has streams of draws of its own.
-    """
+def drawn_auc(members: Sequence[float], others: Sequence[float]) -> np.ndarray:
+    """(RESAMPLES,) `auc` of other rows: those of both sides are drawn anew, each side from its own."""
     order = np.argsort(others, kind="stable")
-    times, against = _times(len(members), f"{name}, {FORGET}"), _times(len(others), f"{name}, {HOLDOUT}")[:, order]
+    times, against = _times(len(members), FORGET), _times(len(others), HOLDOUT)[:, order]
     below = np.concatenate([np.zeros((RESAMPLES, 1), dtype=int), against.cumsum(1)], axis=1)  # in each resample
     low, high = (below[:, np.searchsorted(np.asarray(others)[order], members, side)] for side in ("left", "right"))
     won = (times * (2 * len(others) - low - high)).sum(1)
-    return interval(won / (2 * len(members) * len(others)))
+    return won / (2 * len(members) * len(others))
 
 
-def _times(n: int, name: str) -> np.ndarray:
-    """(RESAMPLES, n) how often each row is drawn in a resample."""
-    flat = draws(n, name) + n * np.arange(RESAMPLES)[:, None]
+def _times(n: int, of: str) -> np.ndarray:
+    """(RESAMPLES, n) how often each row of a set is drawn in a resample."""
+    flat = draws(n, of) + n * np.arange(RESAMPLES)[:, None]
     return np.bincount(flat.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n)
 
 
@@ -127,22 +123,26 @@ def true_positives(members: Sequence[float], others: Sequence[float], percent: i
     return float((np.asarray(members, dtype=float) < ordered[len(ordered) * percent // 100]).mean())
 
 
-def privleak(auc: float, retain: float) -> float:
+def privleak(auc: Any, retain: float) -> Any:
     """100 * (A - A_retain) / A_retain with A = 1 - auc of min-k 0.4, in per cent.
 
     0: as the retain model; negative: members are still told (-100: without error); positive: they look stranger than to
     a model that never saw them. Not symmetric, and not bounded above.
+
+    Args:
+        auc: a number, or an array of them; so is what comes back.
     """
     return 100 * ((1 - auc) - (1 - retain)) / (1 - retain + EPSILON)
 
 
-def closeness(auc: float, retain: float) -> float:
+def closeness(auc: Any, retain: float) -> Any:
     """s = 1 - |auc - retain| / retain, in [0, 1]: 1 is the retain model's AUC.
 
     Args:
+        auc: a number, or an array of them; so is what comes back.
         retain: the retain model's, at least LEAST_AUC.
     """
-    return float(np.clip(1 - abs(auc - retain) / retain, 0, 1))
+    return np.clip(1 - abs(auc - retain) / retain, 0, 1)
 
 
 ATTACKS: dict[str, tuple[Callable[[Row], float | None], str, str | None]] = {  # name -> of a row, source, its pass
@@ -189,8 +189,7 @@ def _area(attack: str) -> Callable[[Context], Value]:
     def value(context: Context) -> Value:
         members, others = _sides(attack, context)
         about = {"members": len(members), "non_members": len(others), **context.about.get(HOLDOUT, {})}
-        between = auc_interval(members, others, attack)
-        return Value(auc(members, others), len(members) + len(others), between, about=about)
+        return resampled(auc(members, others), drawn_auc(members, others), len(members) + len(others), about)
 
     return value
 
@@ -222,22 +221,31 @@ def retain_auc(attack: str, context: Context) -> float:
     return retain
 
 
-def _close(attack: str) -> Callable[[Context], float]:
+def _of_auc(function: Callable[[Any, float], Any], attack: str, retain: float, context: Context) -> Value:
+    """What a function makes of an attack's AUC; in the interval the retain model's is taken as it is."""
+    value, drawn = context.value(attack), context.drawn(attack)
+    found = float(function(value, retain))
+    return Value(found) if drawn is None else resampled(found, function(drawn, retain))
+
+
+def _close(attack: str) -> Callable[[Context], Value]:
     """s of the attack."""
 
-    def value(context: Context) -> float:
-        ours, retain = context.value(attack), retain_auc(attack, context)
+    def value(context: Context) -> Value:
+        context.value(attack)
+        retain = retain_auc(attack, context)
         if retain < LEAST_AUC:
             log.warning("%s: the retain model's AUC is %.2g, so s, a distance relative to it, is null", attack, retain)
             raise Missing(f"the retain model's AUC is below {LEAST_AUC:g}, and s is relative to it")
-        return closeness(ours, retain)
+        return _of_auc(closeness, attack, retain, context)
 
     return value
 
 
-def _leak(context: Context) -> float:
+def _leak(context: Context) -> Value:
     """PrivLeak."""
-    return privleak(context.value(LEAKS), retain_auc(LEAKS, context))
+    context.value(LEAKS)
+    return _of_auc(privleak, LEAKS, retain_auc(LEAKS, context), context)
 
 
 def _of(attack: str) -> tuple[Metric, ...]:

@@ -106,6 +106,10 @@ class Context:
             raise Missing(reason if reason.startswith("no ") else f"no {name}: {reason}")
         return found.value
 
+    def drawn(self, name: str) -> np.ndarray | None:
+        """(RESAMPLES,) what a metric with a value would be of other rows; None where that is not known."""
+        return self.values[name].drawn
+
     def retain_value(self, name: str) -> float:
         """A metric of the retain model. Raises Missing where its evaluation has none."""
         return _of(self.retain, name, "retain_result")
@@ -124,22 +128,30 @@ def _of(known: Mapping[str, Mapping[str, Any]] | None, name: str, key: str) -> f
     return float(value)
 
 
-def mean_of(values: Sequence[float], name: str) -> Value:
+def mean_of(values: Sequence[float], of: str) -> Value:
     """The mean of a number per row, with its percentile bootstrap interval.
 
     Args:
-        name: the metric's, which has a stream of draws of its own.
+        of: the set that the rows are of.
     """
     rows = np.asarray(values, dtype=float)
-    return Value(float(rows.mean()), len(rows), interval(rows[draws(len(rows), name)].mean(1)))
+    return resampled(float(rows.mean()), rows[draws(len(rows), of)].mean(1), len(rows))
 
 
-def draws(n: int, name: str) -> np.ndarray:
-    """(RESAMPLES, n) rows drawn with replacement, always the same for one name and n."""
-    return np.random.default_rng([0, zlib.crc32(name.encode())]).integers(n, size=(RESAMPLES, n))
+def resampled(value: float, drawn: np.ndarray, n: int | None = None, about: Mapping[str, Any] | None = None) -> Value:
+    """A value with its interval, out of what it is of other rows, (RESAMPLES,)."""
+    return Value(value, n, interval(drawn), about=about, drawn=drawn)
 
 
-def interval(resampled: np.ndarray) -> list[float]:
+def draws(n: int, of: str) -> np.ndarray:
+    """(RESAMPLES, n) rows drawn with replacement: the same ones for all metrics of a set that have n rows.
+
+    So a metric that is made of others of the same set has the interval that drawing its own rows would give.
+    """
+    return np.random.default_rng([0, zlib.crc32(of.encode())]).integers(n, size=(RESAMPLES, n))
+
+
+def interval(drawn: np.ndarray) -> list[float]:
     """[low, high]: what LEVEL of the resampled values lie between."""
     tail = (1 - LEVEL) / 2
-    return np.quantile(resampled, [tail, 1 - tail]).tolist()
+    return np.quantile(drawn, [tail, 1 - tail]).tolist()

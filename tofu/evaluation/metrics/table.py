@@ -91,7 +91,7 @@ def _value(metric: Metric, context: Context) -> Value:
         return _of_tofu(metric, context)
     try:
         if metric.of is not None:
-            return mean_of(context.column(metric.name), metric.name)
+            return mean_of(context.column(metric.name), metric.of)
         found = metric.function(context)
     except Missing as why:
         return Value(None, reason=str(why))
@@ -106,7 +106,8 @@ def _of_tofu(metric: Metric, context: Context) -> Value:
     if metric.name in found.values:
         n = len(context.log[f"{logs.TASKS[metric.of]}.json"]["avg_gt_loss"]) if metric.of else None
         n = found.rows.get("Forget Rows") if metric in tofu.QUALITY else n
-        return Value(found.values[metric.name], n, found.intervals.get(metric.name))
+        between, drawn = found.intervals.get(metric.name), found.drawn.get(metric.name)
+        return Value(found.values[metric.name], n, between, drawn=drawn)
     sets = [metric.of] if metric.of else ["Forget"] if metric in tofu.QUALITY else list(logs.TASKS)
     if missing := [name for name in sets if name in lacking]:
         return Value(None, reason=f"not evaluated: {', '.join(missing)}")

@@ -219,18 +219,24 @@ def statistics(log: Mapping[str, Any], retain: Mapping[str, Any] | None, truth_r
         test = forget_quality(log, retain, truth_ratio)
         values |= {metric.name: metric.function(test) for metric in QUALITY}
         rows["Forget Rows"] = test.n
-    return Statistics(values, intervals(log, retain, truth_ratio), rows)
+    drawn = resampled(log, retain, truth_ratio)
+    return Statistics(values, {name: interval(of) for name, of in drawn.items()}, rows, drawn)
 
 
-def intervals(
+def intervals(*args: Any, **kwargs: Any) -> dict[str, list[float]]:
+    """Percentile bootstrap intervals, [2.5 %, 97.5 %], of what `resampled` gives, which takes the same arguments."""
+    return {name: interval(drawn) for name, drawn in resampled(*args, **kwargs).items()}
+
+
+def resampled(
     log: Mapping[str, Any],
     retain: Mapping[str, Any] | None = None,
     truth_ratio: str = "geometric",
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> dict[str, list[float]]:
-    """Percentile bootstrap intervals, [2.5 %, 97.5 %], of the set scores, model utility and forget quality.
+) -> dict[str, np.ndarray]:
+    """(resamples,) what the set scores, model utility and forget quality are of other rows, by name.
 
     Rows are drawn with replacement, each set's by a stream of its own; for forget quality the same rows of both models.
     A resample repeats rows, so a p-value's interval tends to lie below it: it shows how much hangs on a few rows.
@@ -252,7 +258,7 @@ def intervals(
     if all(name in drawn for name in UTILITY.needs):
         nine = np.transpose([drawn[name] for name in UTILITY.needs])
         drawn[UTILITY.name] = np.array([UTILITY.function(values) for values in nine])
-    return {name: interval(values) for name, values in drawn.items()}
+    return drawn
 
 
 def _ks_p(first: np.ndarray, second: np.ndarray) -> float:
