@@ -95,6 +95,7 @@ def inputs(named: Mapping[str, str | None]) -> dict[str, str]:
 
 def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
     """What differs between two command lines, key=value each; one text for each setting, with both values."""
+    made, asked = ([arg for arg in args if "=" in arg] for args in (made, asked))  # flags are no settings
     then, now = ({key: value for key, _, value in (arg.partition("=") for arg in args)} for args in (made, asked))
     pairs = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in {**then, **now} if key not in NOT_SETTINGS}
     return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
