@@ -116,7 +116,7 @@ def test_the_table_at_the_end(tmp_path):
     sweeps.write(sweeps.Outcome(2, ["lr=3", "seed=1"], sweeps.FAILED, "no such thing", 90.0, 2), str(tmp_path))
     sweeps.write(sweeps.Outcome(1, ["lr=2", "seed=1"], sweeps.DONE, seconds=30.0, value=float("nan")), str(tmp_path))
     assert sweeps.summary(sweeps.outcomes(str(tmp_path), planned)).splitlines() == [
-        "4 jobs: 1 complete, 1 done, 1 failed, 1 not run",
+        "4 jobs: 1 done, 1 complete, 1 failed, 1 not run",
         "  job  lr  minutes  outcome",
         "  0    1            complete",
         "  1    2   0.5      done",

@@ -267,7 +267,8 @@ def summary(ended: Sequence[Outcome]) -> str:
         said = f"{one.state}: {one.why}" if one.why else one.state
         rows.append([str(one.number), *_values(one.overrides, names), minutes, said])
     states = [one.state for one in ended]
-    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
+    order = [one for one in (DONE, COMPLETE, FAILED, NOT_RUN) if one in states]
+    counts = ", ".join(f"{states.count(one)} {one}" for one in order)
     return f"{len(ended)} jobs: {counts}\n{table(['job', *names, 'minutes', 'outcome'], rows)}"
 
 
