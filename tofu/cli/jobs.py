@@ -118,21 +118,24 @@ class Jobs:
         ended, failure = sweeps.Outcome(number, overrides, sweeps.DONE), None
         known = bool(planned) and planned[0].state == sweeps.COMPLETE
         try:
-            if known:
-                raise run_folder.Complete(planned[0].place)
-            todo = sum(one.state != sweeps.COMPLETE for one in self.plan[number:])
-            log.info("job %d: %s%s", number, sweeps.varying(self.plan, number) or told, sweeps.left(self.seconds, todo))
-            self._begin(cfg)
-            self.seconds.append(time.monotonic() - began)
-        except run_folder.Complete as complete:
-            log.info("job %d: skipped, it is complete: %s", number, complete)
-            ended.state, self.result = sweeps.COMPLETE, objective(cfg, _scores(str(complete)))
+            try:
+                if known:
+                    raise run_folder.Complete(planned[0].place)
+                todo = sum(one.state != sweeps.COMPLETE for one in self.plan[number:])
+                left = sweeps.left(self.seconds, todo)
+                log.info("job %d: %s%s", number, sweeps.varying(self.plan, number) or told, left)
+                self._begin(cfg)
+                self.seconds.append(time.monotonic() - began)
+            except run_folder.Complete as complete:
+                log.info("job %d: skipped, it is complete: %s", number, complete)
+                ended.state, self.result = sweeps.COMPLETE, objective(cfg, _scores(str(complete)))
         except Exception as error:
             failure, self.result = error, None
             ended.state, ended.why, ended.code = sweeps.FAILED, one_line(error), 2 if isinstance(error, BadInput) else 1
-            self._note(error, number, told)
         ended.seconds, ended.value = time.monotonic() - began, self.result if cfg.get("objective") else None
         sweeps.write(ended, str(hydra.sweep.dir))
+        if failure is not None:
+            self._note(failure, number, told)
         if not known:  # nothing has been loaded for one that is skipped
             self.after()
         if failure is not None and cfg.get("objective"):
@@ -146,7 +149,7 @@ class Jobs:
         if bad:
             run_folder.undo()
         else:
-            traceback.print_exc()
+            traceback.print_exception(error)
         said = f"job {number} ({told}): {one_line(error)}"
         if ranks.world_size() > 1 and not (bad and ranks.all_arrive(f"failed/{number}", PATIENCE)):
             stop(BadInput(f"{said}: the sweep ends, since its processes might wait for each other"), 2 if bad else 1)
@@ -175,8 +178,9 @@ class Jobs:
             self._tell(scratch)
 
     def _tell(self, scratch: str) -> None:
-        if not self.ended and sweeps.POOL not in os.environ:
-            self.ended = sweeps.outcomes(scratch, self.plan)
+        if not self.ended:
+            own = os.environ.get(sweeps.POOL, "").partition(":")[0]  # of the pool's process: its own job alone
+            self.ended = [one for one in sweeps.outcomes(scratch, self.plan) if own in ("", str(one.number))]
             if len(self.ended) > 1:
                 log.info(sweeps.summary(self.ended))
 
@@ -190,6 +194,8 @@ class Jobs:
         if self.failed:
             named = ", ".join(f"{one.number} ({sweeps.plain(' '.join(one.overrides))})" for one in self.failed)
             code = 1 if any(one.code == 1 for one in self.failed) else 2
+            if sweeps.POOL in os.environ:
+                sys.exit(code)  # it has said why
             stop(BadInput(f"{len(self.failed)} of {len(self.ended)} jobs failed: {named}"), code)
 
 
