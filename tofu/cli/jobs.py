@@ -110,7 +110,7 @@ class Jobs:
         """One of several jobs. What became of it is written down for the table at the end.
 
         Raises:
-            Exception: the job's, where a sweeper asks for its objective.
+            BadInput: it has failed, and a sweeper asks for its objective.
         """
         hydra, began = HydraConfig.get(), time.monotonic()
         number, overrides = int(hydra.job.num), list(hydra.overrides.task)
@@ -136,10 +136,11 @@ class Jobs:
         sweeps.write(ended, str(hydra.sweep.dir))
         if failure is not None:
             self._note(failure, number, told)
+            failure = None  # it holds the job's frames, and they hold its model
         if not known:  # nothing has been loaded for one that is skipped
             self.after()
-        if failure is not None and cfg.get("objective"):
-            raise failure
+        if ended.state == sweeps.FAILED and cfg.get("objective"):
+            raise BadInput(ended.why)
         return self.result
 
     def _note(self, error: Exception, number: int, told: str) -> None:
