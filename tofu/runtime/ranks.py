@@ -80,11 +80,12 @@ def all_arrive(where: str, patience: float) -> bool:
     Args:
         where: a name that no earlier meeting had.
     """
-    import torch
+    from torch import distributed
 
     address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
     try:
-        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=patience))
+        kind = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage] - torch documents it
+        store = kind(address, port, is_master=False, timeout=timedelta(seconds=patience))
         store.set(f"tofu/{where}/{rank()}", "here")
         store.wait([f"tofu/{where}/{one}" for one in range(world_size())], timedelta(seconds=patience))
     except RuntimeError:  # torch.distributed's errors are
