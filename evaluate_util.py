@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from tofu.cli import checks, command_line, schema
+from tofu.cli import checks, command_line, oracle, schema
 from tofu.runtime import ranks
 
 SEED = 42  # only reinitialize_weights draws anything
@@ -19,6 +19,7 @@ SEED = 42  # only reinitialize_weights draws anything
 def main(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate one model from disk. Returns its scores, on rank 0."""
     cfg = checks.check(cfg, schema.Evaluate)
+    oracle.make(cfg)
     from accelerate.utils import set_seed  # here, so that a refused command line does not wait for heavy libraries
 
     from tofu.evaluation import evaluator, vllm_backend

@@ -11,18 +11,12 @@ metrics="metrics=[extraction_strength,agg]"
 $PYTHON scripts/make_tiny.py
 FINETUNE=$settings EVALUATE=$metrics FORGET="lr=2e-4 num_epochs=10 batch_size=8 gradient_accumulation_steps=1 eval_while_train=true" \
     scripts/tofu.sh tiny forget10 "$losses"
-if [ ! -f "$RUNS/retain90_seed43/finished.json" ]; then
-    # shellcheck disable=SC2086
-    $PYTHON finetune.py model_family=tiny data_path=$DATA split=retain90 seed=43 $settings \
-        save_dir="$RUNS/retain90_seed43" overwrite_dir=true
-fi
+# shellcheck disable=SC2086
+$PYTHON finetune.py -m model_family=tiny data_path=$DATA split=retain90 seed=43 $settings save_dir="$RUNS/retain90_seed43"
 for model in retain90 retain90_seed43; do  # a model's own log is there only once it has been evaluated
-    compared=("$RUNS/$model/eval_compared" model_family=tiny data_path="$DATA" model_path="$RUNS/$model" split=forget10)
-    compared+=(retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json" "$metrics")
-    compared+=(start_result="$RUNS/full/eval_forget10")
-    if [ "$($PYTHON scripts/complete.py "${compared[@]}")" != complete ]; then
-        $PYTHON evaluate_util.py "${compared[@]:1}" save_dir="${compared[0]}"
-    fi
+    $PYTHON evaluate_util.py -m model_family=tiny data_path=$DATA model_path="$RUNS/$model" split=forget10 "$metrics" \
+        retain_result="$RUNS/retain90/eval_forget10/eval_log_aggregated.json" start_result="$RUNS/full/eval_forget10" \
+        save_dir="$RUNS/$model/eval_compared"
 done
 
 rows=("finetuned=$RUNS/full/eval_forget10" "oracle=$RUNS/retain90/eval_compared")

@@ -20,10 +20,10 @@ percent=$((10#${split#forget}))
 retain=retain$(printf '%02d' $((100 - percent)))
 log=eval_log_aggregated.json
 
-# run SAVE_DIR SCRIPT key=value ...: nothing where that run is complete, again from the start where it was cut off
+# run SAVE_DIR SCRIPT key=value ...: as a sweep of one job (-m), which goes on where it was cut off; a complete run is
+# known here, without a launch
 run() {
-    local save=$1 script=$2 again=overwrite_dir=true state; shift 2
-    [ "$script" = evaluate_util.py ] && again=overwrite=true
+    local save=$1 script=$2 state; shift 2
     state=$(${PYTHON:-python} "$here/scripts/complete.py" "$save" model_family="$family" "$@")
     case $state in
         complete) echo "complete: $save"; return ;;
@@ -32,7 +32,7 @@ run() {
     esac
     echo "== $script $* save_dir=$save"
     # shellcheck disable=SC2086 # a launcher is several words
-    $launch "$here/$script" model_family="$family" "$@" save_dir="$save" $again
+    $launch "$here/$script" -m model_family="$family" "$@" save_dir="$save"
 }
 
 # evaluate RUN [retain_result=LOG]

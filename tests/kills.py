@@ -1,4 +1,4 @@
-"""Kill runs with SIGKILL at random moments and compare what they end with: python tests/kills.py [--kills N] [--jobs a,b].
+"""Kill runs with SIGKILL at random moments, compare what they end with: python tests/kills.py [--kills N] [--jobs a,b].
 
 Each kill has a folder of its own: the run is killed, started again with the same command, and ends; what it leaves is
 compared with a run that was never killed: weights' and evaluation logs' bytes, and log_history without time and speed.

@@ -41,7 +41,7 @@ def test_this_checkout_is_installed(tmp_path):
 
 def test_everything_is_pinned_and_tools_are_no_requirements():
     extras = PROJECT["project"]["optional-dependencies"]
-    assert set(extras) == {"dev", "gpu", "report", "vllm"}
+    assert set(extras) == {"dev", "gpu", "report", "sweep", "vllm"}
     assert all(line.count("==") == 1 for line in [*requirements(), *sum(extras.values(), [])])
     assert not {line.split("==")[0] for line in requirements()} & {line.split("==")[0] for line in extras["dev"]}
 

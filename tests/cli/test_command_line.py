@@ -177,7 +177,7 @@ class TestEntry:
         assert (code, jobs) == (2, []) and err.count("\n") == 1 and said in err, err
 
     def test_a_sweep_may_name_its_folders_by_job(self, command):
-        assert command("--multirun", "seed=1,2", "save_dir=out${hydra:job.num}")[0] == 0
+        assert command("--multirun", "seed=1,2", "save_dir=out${hydra:job.num}", "model_family=phi")[0] == 0
         code, _, err, _ = command("-m", "sed=1,2", "save_dir=out")
         assert code == 2 and "did you mean seed" in err
 

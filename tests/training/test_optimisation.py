@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import utils
 from tofu.models import engines, folders, loadable
+from tofu.training import optimisation
 
 
 @pytest.mark.parametrize(("loss", "term", "start"), [("dpo", "loss", 2 / 0.1 * math.log(2)), ("KL", "retain_loss", 0)])
@@ -56,3 +58,17 @@ def test_what_needs_a_gpu_is_refused_without(model_folder, tmp_path, run_script,
         with pytest.raises(SystemExit, match="2"):
             run_script(f"{script}.py", *args, f"save_dir={tmp_path}/run")
         assert said in capsys.readouterr().err and not (tmp_path / "run").exists(), key
+
+
+def test_trackers_get_the_runs_config(tmp_path):
+    """Every tracker of transformers writes these two down."""
+    settings = {key: None for key in optimisation.ARGUMENTS} | {"batch_size": 2, "gradient_accumulation_steps": 1}
+    settings |= {"num_epochs": 2, "lr": 1e-3, "weight_decay": 0, "max_grad_norm": 0, "optim": "adamw_torch", "seed": 1}
+    settings |= {"report_to": OmegaConf.create([]), "progress": False, "logging_steps": 1, "liger_kernel": False}
+    engine = engines.Engine("ddp", False)
+    made = optimisation.arguments(
+        tmp_path, samples=8, engine=engine, gradient_checkpointing=False, **settings | {"torch_compile": False}
+    )
+    made.tofu = {"forget_loss": {"name": "npo"}}
+    assert made.to_dict()["tofu"] == json.loads(made.to_json_string())["tofu"] == {"forget_loss": {"name": "npo"}}
+    assert made.report_to == []

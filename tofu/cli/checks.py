@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
-from tofu.cli import epochs, names
+from tofu.cli import epochs, names, oracle
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -163,6 +163,7 @@ def _check_run(cfg: DictConfig) -> None:
         raise BadInput(f"LoRA.dropout={cfg.LoRA.dropout}: it must be below 1")
     resumption.check(cfg)
     choice("attention", cfg.attention, ATTENTIONS)
+    names.check_objective(cfg.objective)
     if cfg.LoRA.quantize not in (None, "4bit"):
         raise BadInput(f"LoRA.quantize={cfg.LoRA.quantize}: it may be 4bit or null")
     if cfg.LoRA.quantize and not cfg.LoRA.r:
@@ -322,6 +323,7 @@ def _check_evaluate(cfg: DictConfig, prefix: str = "") -> None:
         choice(f"{prefix}save_format", name, SAVE_FORMATS)
     _check_metrics(cfg, prefix)
     cfg.split = _perturbed(cfg.split)
+    cfg.retain_result = oracle.resolve(cfg, prefix)
     sets = len(cfg.eval_task) if isinstance(cfg.eval_task, ListConfig) else 1
     for key in PARALLEL:
         if not isinstance(cfg[key], ListConfig):

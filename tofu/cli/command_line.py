@@ -4,33 +4,40 @@ import contextlib
 import functools
 import inspect
 import io
-import itertools
 import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tofu.cli import repeat
-from tofu.cli.checks import CHECKS, check, told
-from tofu.cli.jobs import BesideBars, Jobs, plain, stop
-from tofu.cli.schema import CONFIG_DIR, Finetune, Forget
+from tofu.cli import repeat, sweeps
+from tofu.cli.checks import CHECKS, told
+from tofu.cli.jobs import BesideBars, Jobs, stop
+from tofu.cli.schema import CONFIG_DIR, Forget
 from tofu.runtime import ranks
 from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)
 
-NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
+NOISY = (
+    "hydra",
+    "alembic",
+    "httpx",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "absl",
+    "DeepSpeed",
+    "torch.distributed",
+    "urllib3",
+)
 NO_ENTRIES = ("model_config", "run")  # YAMLs in config/ that no script takes by themselves
 PRESETS = "experiment"  # the folder of config/ whose files set several keys at once
 ALIASES = {  # names that people type elsewhere -> what that code runs
@@ -69,7 +76,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
 
     Args:
         config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
-        after: called after every job that ended well (a sweep runs several in one process).
+        after: called after a job (a sweep runs several in one process).
 
     The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank. `main` returns what
     the (last) job did.
@@ -79,33 +86,27 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         @functools.wraps(task)
         def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-            typed, jobs = sys.argv, Jobs(task, after)
-            argv, stderr, held = _renamed(sys.argv), sys.stderr, io.StringIO()
-
-            @functools.wraps(task)
-            def job(cfg: DictConfig) -> Any:
-                sys.argv = typed  # as versions.json tells it
-                with contextlib.redirect_stderr(stderr):
-                    _log()
-                    if argv != typed:
-                        log.info("taken as: %s", " ".join(argv[1:]))
-                    log.info("%s: checking the config, then loading the libraries", os.path.basename(argv[0]))
-                    return jobs.run(cfg)
-
-            with tempfile.TemporaryDirectory() as scratch:
+            kind, held, jobs = _kind(config_name), io.StringIO(), Jobs(task, after, sys.argv, _log)
+            jobs.argv = argv = sweeps.spread(_renamed(sys.argv), kind)
+            with sweeps.folder() as scratch:
                 name = _named(argv, config_name)
                 with _one_line_errors(name, argv, held, jobs):
                     if {"--help", "-h"} & set(argv[1:]):
                         return _help(name, task, argv[1:])
                     _check_fits(name, config_name, argv)
                     whole, jobs.given = repeat.expanded(argv, name, config_name)
-                    if {"--multirun", "-m"} & set(argv[1:]):
-                        _check_sweep(name, _theirs(whole[1:]))
-                    sys.argv = [argv[0], *_ordered(whole[1:], _overrides(scratch))]
-                    with contextlib.redirect_stderr(held):  # every rank finds the same error: one of them tells it
-                        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+                    if sweeps.MULTIRUN & set(argv[1:]) and sweeps.POOL not in os.environ:
+                        _log()
+                        sweeps.check_plugins(_theirs(whole[1:]))
+                        jobs.plan = sweeps.plan(name, _kind(name), _theirs(whole[1:]))
+                        sweeps.tell(jobs.plan)
+                    sys.argv = [argv[0], *_ordered(whole[1:], [*_overrides(scratch), *sweeps.settings(argv)])]
+                    with jobs.told(scratch), contextlib.redirect_stderr(held):  # every rank finds the same error
+                        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(jobs)()
                 if ranks.rank() == 0:
-                    sys.stderr.write(held.getvalue())
+                    sys.stderr.write(
+                        re.sub(r"Error executing job with overrides.*\n", "", held.getvalue())
+                    )  # told by then
                 jobs.end()
                 return jobs.result
 
@@ -181,62 +182,6 @@ def _kind(name: str) -> type | None:
     """The dataclass whose fields a config's keys are; None where they are no script's."""
     keys = {key.split(".")[0] for key, _, _ in _explained(name)}
     return next((kind for kind in CHECKS if keys == set(get_type_hints(kind))), None)
-
-
-def _check_sweep(name: str, overrides: list[str]) -> None:
-    """Raise BadInput if two jobs of a sweep would write to one place: said before the first of them has trained.
-
-    Silent where Hydra or the job has something else to refuse, and where only a job knows its place (${hydra:job.num}).
-    """
-    written: dict[str, list[str]] = {}
-    composed: dict[str, DictConfig] = {}
-    HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
-    try:
-        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            for job in _jobs(overrides):
-                cfg = hydra.compose(name, job)
-                key = "save_dir" if "save_dir" in cfg else "save_file"
-                place = str(cfg[key])
-                if place in written:
-                    break
-                written[place], composed[place] = job, cfg
-            else:
-                return _check_jobs(name, written, composed)
-    except (HydraException, OmegaConfBaseException, LookupError):
-        return
-    swept = [one.split("=", 1)[0] for one, other in zip(job, written[place], strict=True) if one != other]
-    named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
-    typed = next((plain(one).split("=", 1)[1].strip("'\"") for one in job if one.startswith(f"{key}=")), place)
-    said = f"two jobs of the sweep, {' '.join(written[place])} and {' '.join(job)}, share {key}={place}"
-    raise BadInput(f"{said}: put the swept key into it, {key}='{typed}{named}'")
-
-
-def _jobs(overrides: list[str]) -> list[list[str]]:
-    """The overrides of every job of a sweep, in Hydra's order: the last key's values change fastest.
-
-    Raises:
-        HydraException: one that Hydra can't read.
-    """
-    values: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        swept = override.is_sweep_override()
-        if swept and not override.is_discrete_sweep():
-            raise HydraException(f"{override.input_line} has no end of values")
-        key = override.get_key_element()
-        found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
-        values[key] = [f"{key}={value}" for value in found]
-    return [list(job) for job in itertools.product(*values.values())]
-
-
-def _check_jobs(name: str, written: dict[str, list[str]], composed: dict[str, DictConfig]) -> None:
-    """Raise BadInput if a job of a sweep of trainings will be refused: the others would train for hours before it."""
-    kind = _kind(name)
-    for place, job in written.items():
-        if kind in (Finetune, Forget) and not any("${hydra:" in override for override in job):
-            try:
-                check(composed[place], kind)
-            except BadInput as error:
-                raise BadInput(f"{' '.join(job)}: {error}") from None
 
 
 def _named(argv: list[str], default: str) -> str:

@@ -1,7 +1,8 @@
-"""Names in a config that become names of files and folders: none leads out of where it is put."""
+"""Names in a config: those that become names of files and folders lead nowhere else, others are names at all."""
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from utils import BadInput
 
@@ -18,6 +19,13 @@ def check_tasks(tasks: Sequence[str], sets: int, prefix: str = "") -> None:
             f"{prefix}eval_task={list(tasks)}: it must name a log for each set, none twice; one of your own is "
             "eval_log_NAME"
         )
+
+
+def check_objective(value: Any) -> None:
+    """Raise BadInput unless `objective` is null, a score's name, or a list of names."""
+    names = [value] if isinstance(value, str) else value if value is not None else [""]
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise BadInput(f"objective={value}: it must be the name of a score, or a list of names")
 
 
 def check_method(name: str) -> None:

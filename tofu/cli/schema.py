@@ -53,6 +53,7 @@ class Run:
     precision: str = MISSING
     logging_steps: int = MISSING
     report_to: Any = MISSING
+    objective: Any = None
     progress: bool = MISSING
     checkpoint_every: Any = MISSING
     resume: Any = MISSING
@@ -131,7 +132,7 @@ class Holdout:
 class Evaluate:
     """The lists hold one entry per set; a string means a list of equal ones, so their type here is Any.
 
-    batch_size is a number or `auto`.
+    batch_size is a number or `auto`; retain_result a path, `auto`, or a path for each split.
     """
 
     model_family: str = MISSING
@@ -157,7 +158,8 @@ class Evaluate:
     reinitialize_weights: bool = MISSING
     fluency: Fluency = field(default_factory=Fluency)
     collapse: Collapse = field(default_factory=Collapse)
-    retain_result: str | None = None
+    retain_result: Any = None
+    oracle: str | None = None
     start_result: str | None = None
     truth_ratio: str = MISSING
     save_format: Any = MISSING
@@ -171,7 +173,7 @@ class Evaluate:
     save_dir: str = MISSING
 
 
-NOT_PARALLEL = ("save_format", "batch_size", "metrics")
+NOT_PARALLEL = ("save_format", "batch_size", "metrics", "retain_result")
 PARALLEL = tuple(key for key, hint in get_type_hints(Evaluate).items() if hint is Any and key not in NOT_PARALLEL)
 TRUTH_RATIOS = ("geometric", "arithmetic")
 SAVE_FORMATS = ("tofu", "openunlearning")

@@ -39,6 +39,8 @@ NOT_SETTINGS = (
     "progress",
     "logging_steps",
     "report_to",
+    "objective",
+    "oracle",
     "eval.batch_size",
     "checkpoint_every",
     "resume",
@@ -98,6 +100,7 @@ def inputs(named: Mapping[str, str | None]) -> dict[str, str]:
 
 def other_settings(made: Sequence[str], asked: Sequence[str]) -> list[str]:
     """What differs between two command lines, key=value each; one text for each setting, with both values."""
+    made, asked = ([arg for arg in args if "=" in arg] for args in (made, asked))  # flags are no settings
     then, now = ({key: value for key, _, value in (arg.partition("=") for arg in args)} for args in (made, asked))
     pairs = {key: (then.get(key, ABSENT), now.get(key, ABSENT)) for key in {**then, **now} if key not in NOT_SETTINGS}
     return [f"{key}={old} (now {new})" for key, (old, new) in pairs.items() if not _same(old, new)]
@@ -176,14 +179,21 @@ def state(folder: str | Path, asked: Sequence[str]) -> str:
 RECIPE = ("lr", "num_epochs", "batch_size", "gradient_accumulation_steps")  # what a comparable run has in common
 
 
+def finetuning(path: str | None) -> tuple[Path, Any] | None:
+    """The run that finetuned a model, or the one that it was unlearned from: its folder and its config."""
+    while path is not None and (Path(utils.find(path)) / CONFIG).is_file():
+        folder = Path(utils.find(path))
+        cfg: Any = OmegaConf.load(folder / CONFIG)
+        if "forget_loss" not in cfg:
+            return folder, cfg
+        path = cfg.get("model_path")
+    return None
+
+
 def recipe(path: str | None) -> str:
     """The overrides with which a model was finetuned, out of its run's folder or of the one it was unlearned from."""
-    while path is not None and (Path(path) / CONFIG).is_file():
-        cfg: Any = OmegaConf.load(Path(path) / CONFIG)
-        if "forget_loss" not in cfg:
-            return " ".join(f"{key}={cfg[key]}" for key in RECIPE if key in cfg)
-        path = cfg.get("model_path")
-    return ""
+    found = finetuning(path)
+    return " ".join(f"{key}={found[1][key]}" for key in RECIPE if key in found[1]) if found else ""
 
 
 def started_from(folder: str | Path) -> str | None:

@@ -6,6 +6,7 @@ Importing it loads no torch: the command line asks for the rank before anything 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,27 @@ def from_rank_0(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def all_arrive(where: str, patience: float) -> bool:
+    """Whether every process of the launch comes here within `patience` seconds.
+
+    They meet in the launcher's store, not in a collective: one that does not come may be in a collective of its own.
+
+    Args:
+        where: a name that no earlier meeting had.
+    """
+    from torch import distributed
+
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        kind = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage] - torch documents it
+        store = kind(address, port, is_master=False, timeout=timedelta(seconds=patience))
+        store.set(f"tofu/{where}/{rank()}", "here")
+        store.wait([f"tofu/{where}/{one}" for one in range(world_size())], timedelta(seconds=patience))
+    except RuntimeError:  # torch.distributed's errors are
+        return False
+    return True
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A collated batch with its tensors on `device`, those in dicts and lists too; the host does not wait for them."""
 
@@ -120,6 +142,8 @@ def release() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     state().wait_for_everyone()
+    if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
+        wandb.finish()  # else the next job of a sweep would log into this one's run
     accelerate.state.GradientState._reset_state()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()

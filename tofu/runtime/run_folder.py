@@ -1,5 +1,6 @@
 """A run's folder: what may be written where, what may be removed, and what says that a run is complete."""
 
+import json
 import logging
 import os
 import shutil
@@ -72,7 +73,8 @@ def start_run(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
     if not overwrite and in_a_sweep():
-        _check_complete(cfg, folder)  # on every rank: they all go on to the next job
+        if found(cfg, folder) == "complete":  # on every rank: they all go on to the next job
+            raise Complete(str(folder))
     if ranks.rank() > 0:
         return folder
     with _claimed(folder):
@@ -185,21 +187,41 @@ def in_a_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _check_complete(cfg: DictConfig, folder: Path) -> None:
-    """Look at the run in a sweep job's folder, if one is complete there.
+def found(cfg: DictConfig, folder: Path) -> str:
+    """What a training's folder holds for a job of a sweep: `complete`, `cut off`, or "": no run that it may replace.
+
+    Nothing is changed there.
+
+    Args:
+        cfg: the job's checked config.
 
     Raises:
-        Complete: it was made with this config, from the same inputs.
-        BadInput: it was made with another one; the keys are named.
+        BadInput: a run with another config, or from other inputs; the keys are named.
+    """
+    if not (folder / VERSIONS).is_file():
+        return ""
+    whole, explained = (folder / FINISHED).is_file(), (folder / CONFIG).is_file()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)}
+    if (whole and not explained) or names <= {*EXPLAINS, WRITTEN, claim.CLAIM}:
+        return ""
+    but = () if whole else resumption.NOT_WEIGHTS
+    if explained and (differ := provenance.other_config(folder, cfg, but=but)):
+        raise BadInput(
+            f"save_dir={folder} holds {'a complete' if whole else 'an unfinished'} run with other settings: "
+            f"{', '.join(differ)}: name another save_dir, or overwrite_dir=true to replace it"
+        )
+    return "complete" if whole else "cut off"
+
+
+def evaluated(cfg: DictConfig, folder: Path) -> bool:
+    """Whether a folder holds the complete evaluation that `cfg` asks for, of the model that is there now.
+
+    Only of a run's model is that known here, by its finished.json; of another one the evaluation itself looks.
     """
     if not all((folder / name).is_file() for name in (FINISHED, CONFIG, VERSIONS)):
-        return
-    if differ := provenance.other_config(folder, cfg):
-        raise BadInput(
-            f"save_dir={folder} holds a complete run with other settings: {', '.join(differ)}: name another save_dir, "
-            "or overwrite_dir=true to replace it"
-        )
-    raise Complete(str(folder))
+        return False
+    made = json.loads((folder / VERSIONS).read_text(encoding="utf-8")).get("inputs", {})
+    return "model_path" in made and not provenance.other_config(folder, cfg)
 
 
 class Complete(Exception):

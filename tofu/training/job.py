@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 import data_module
 import dataloader
+from tofu.cli import oracle
 from tofu.evaluation import evaluator, vllm_backend
 from tofu.methods import objective, references
 from tofu.methods.objective import Method
@@ -121,6 +122,7 @@ class Job:
             gradient_checkpointing=checkpointing,
             **{key: cfg[key] for key in optimisation.ARGUMENTS} | {"optim": optim},
         )
+        self.args.run_name, self.args.tofu = Path(cfg.save_dir).name, OmegaConf.to_container(cfg)  # for trackers
 
     def dry_run(self) -> dict[str, Any]:
         """Say how much memory a step takes; no folder is made and no weight is read.
@@ -143,6 +145,8 @@ class Job:
             BadInput: see `evaluator.Evaluator`.
         """
         cfg, named = self.cfg, (self.cfg.forget_loss.name, "eval.")
+        if not cfg.dry_run:
+            oracle.make(cfg.eval)
         self.evaluator = evaluator.Evaluator(
             *(cfg.eval, self.tokenizer, self.family, self.record, page.evaluation_page, *named, self.path),
             taught=taught,

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ ALWAYS: dict[str, Any] = {  # the Trainer's arguments that are the same in every
     "log_level": "warning",
     "log_level_replica": "error",
 }
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """The Trainer's arguments, and the run's own config: a tracker gets both, as the run's config."""
+
+    tofu: dict[str, Any] | None = None
 
 
 def _enough_steps(samples: int, batch_size: int, accumulation: int, num_epochs: int) -> int:
@@ -92,7 +100,7 @@ def arguments(
     """
     per_epoch = _enough_steps(samples, batch_size, gradient_accumulation_steps, num_epochs)
     optim = _named_optim(optim, engine)
-    made = TrainingArguments(
+    made = Arguments(
         output_dir=str(save_dir),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -103,7 +111,7 @@ def arguments(
         max_grad_norm=max_grad_norm,
         optim=optim,
         seed=seed,
-        report_to=report_to,
+        report_to=report_to if isinstance(report_to, str) else [*report_to],  # of OmegaConf's lists it knows nothing
         disable_tqdm=not progress,
         logging_steps=logging_steps,
         bf16=engine.bf16,

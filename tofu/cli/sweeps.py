@@ -1,0 +1,282 @@
+"""A sweep: its jobs are listed before the first one starts, and a table at the end says what became of each."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import utils
+from tofu.cli.checks import check
+from tofu.cli.schema import CONFIG_DIR, Evaluate, Finetune, Forget
+from tofu.runtime import ranks, resumption, run_folder
+from utils import BadInput
+
+log = logging.getLogger(__name__)
+
+COMPLETE, CONTINUES, TO_DO, REFUSED = "complete", "continues", "to do", "refused"  # before the first job starts
+DONE, FAILED, NOT_RUN = "done", "failed", "not run"  # afterwards; COMPLETE too
+MULTIRUN = {"--multirun", "-m"}
+POOL = "TOFU_SWEEP"  # set for a process that runs one job of a sweep: the job's number and the sweep's folder
+PLACES = ("save_dir", "save_file")  # keys that vary because others do
+
+
+@dataclass
+class Planned:
+    """A job as it is before the first one starts: its overrides, its folder, and its state with the reason."""
+
+    overrides: list[str]
+    place: str
+    state: str = TO_DO
+    why: str = ""
+
+
+@dataclass
+class Outcome:
+    """What became of a job. `code` is the exit code that it asks for: 0, 2 for bad input, 1 for any other error."""
+
+    number: int
+    overrides: list[str]
+    state: str
+    why: str = ""
+    seconds: float = 0.0
+    code: int = 0
+    value: Any = None  # what the job returns to a sweeper
+
+
+def plain(override: str) -> str:
+    """An override as it was typed: Hydra escapes braces."""
+    return override.replace("\\{", "{").replace("\\}", "}")
+
+
+def spread(argv: list[str], kind: type | None) -> list[str]:
+    """A command line with a training's seed=[1,2,3] as a sweep over these seeds."""
+    if kind not in (Finetune, Forget):
+        return argv
+    found = [re.sub(r"^(\+{0,2}seed)=\[([\d\s,]+)\]$", r"\1=\2", arg) for arg in argv]
+    return found if found == argv or MULTIRUN & {*argv} else [found[0], "-m", *found[1:]]
+
+
+@contextlib.contextmanager
+def folder() -> Iterator[str]:
+    """A folder for what the processes of one sweep tell each other; it goes with the sweep."""
+    if POOL in os.environ:
+        yield os.environ[POOL].partition(":")[2]
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield scratch
+
+
+def _drawn(overrides: Sequence[str]) -> bool:
+    """Whether a sweeper draws the jobs one by one."""
+    return any(re.match(r"\+*hydra/sweeper=(?!basic$)", one) for one in overrides)
+
+
+def check_plugins(overrides: Sequence[str]) -> None:
+    """Refuse what a launcher or a sweeper of Hydra's cannot do.
+
+    Raises:
+        BadInput: several processes share each job, or a sweeper draws jobs by an objective that nobody has named.
+    """
+    other = next((one for one in overrides if re.match(r"\+*hydra/(sweeper|launcher)=(?!basic$)", one)), None)
+    if other and ranks.world_size() > 1:
+        raise BadInput(
+            f"{other}: it starts processes for jobs by itself, and here are {ranks.world_size()} that share "
+            "each job: start it with python, without torchrun"
+        )
+    if _drawn(overrides) and not any(one.startswith("objective=") for one in overrides):
+        raise BadInput(
+            f"{other}: it looks for the best value of a score: name the score, objective='Model Utility' say"
+        )
+
+
+def settings(argv: Sequence[str]) -> list[str]:
+    """Hydra's own settings: a process of the pool runs its one job here, and failed trials end no study."""
+    ours = ["hydra/launcher=processes"] if POOL in os.environ else []
+    return [*ours, *(["hydra.sweeper.max_failure_rate=1.0"] if "hydra/sweeper=optuna" in argv else [])]
+
+
+def plan(name: str, kind: type | None, overrides: Sequence[str]) -> list[Planned]:
+    """The jobs of a sweep, as they are before the first one starts.
+
+    [] where Hydra or the job has something else to refuse, and where a sweeper draws the jobs one by one.
+
+    Args:
+        name: the config in config/.
+        kind: its dataclass.
+
+    Raises:
+        BadInput: two jobs would write to one place.
+    """
+    if _drawn(overrides):
+        return []
+    found: dict[str, Planned] = {}
+    configs: list[DictConfig] = []
+    HydraConfig.instance().cfg = None  # an earlier command line's, in this process: it would answer for a job's number
+    try:
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            for number, job in enumerate(_jobs([one for one in overrides if not re.match(r"\W*hydra[./]", one)])):
+                cfg = hydra.compose(name, [re.sub(r"\$\\?\{hydra\\?:job\.num\\?\}", str(number), one) for one in job])
+                key = "save_dir" if "save_dir" in cfg else "save_file"
+                place = str(cfg[key])
+                if place in found:
+                    raise BadInput(_shared(key, place, found[place].overrides, job))
+                found[place] = Planned(job, place)
+                configs.append(cfg)
+    except (HydraException, OmegaConfBaseException, LookupError):
+        return []
+    logging.disable(logging.WARNING)  # each job says it again
+    try:
+        for planned, cfg in zip(found.values(), configs, strict=True):
+            planned.state, planned.why = _state(cfg, kind, planned.overrides)
+    finally:
+        logging.disable(logging.NOTSET)
+    return list(found.values())
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, in Hydra's order: the last key's values change fastest.
+
+    Raises:
+        HydraException: one that Hydra can't read.
+    """
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        swept = override.is_sweep_override()
+        if swept and not override.is_discrete_sweep():
+            raise HydraException(f"{override.input_line} has no end of values")
+        key = override.get_key_element()
+        found = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        values[key] = [f"{key}={value}" for value in found]
+    return [list(job) for job in itertools.product(*values.values())]
+
+
+def _shared(key: str, place: str, first: list[str], second: list[str]) -> str:
+    """The line that refuses two jobs with one place, with a place of its own for each."""
+    swept = [one.split("=", 1)[0] for one, other in zip(second, first, strict=True) if one != other]
+    named = "".join(f"_${{{one}{'.name' if (CONFIG_DIR / one).is_dir() else ''}}}" for one in swept)
+    typed = next((plain(one).split("=", 1)[1].strip("'\"") for one in second if one.startswith(f"{key}=")), place)
+    said = f"two jobs of the sweep, {' '.join(first)} and {' '.join(second)}, share {key}={place}"
+    return f"{said}: put the swept key into it, {key}='{typed}{named}'"
+
+
+def _state(cfg: DictConfig, kind: type | None, overrides: list[str]) -> tuple[str, str]:
+    """A job's state before the first one starts, and why it is refused."""
+    if kind not in (Finetune, Forget, Evaluate):
+        return TO_DO, ""
+    try:
+        cfg = check(cfg, kind)
+        place = Path(cfg.save_dir)
+        if kind is Evaluate:  # `overwrite` is true unless it is said: only who says so wants a complete one again
+            again = cfg.overwrite and any(one.startswith("overwrite=") for one in overrides)
+            return (COMPLETE if not again and run_folder.evaluated(cfg, place) else TO_DO), ""
+        if cfg.overwrite_dir or cfg.dry_run:
+            return TO_DO, ""
+        there = run_folder.found(cfg, place)
+    except BadInput as error:
+        return REFUSED, str(error)
+    if there == "complete":
+        return COMPLETE, ""
+    kept = str(cfg.resume).lower() == "auto" and any((place / resumption.RESUME).glob("step-*"))
+    return (CONTINUES if there and kept else TO_DO), ""
+
+
+def tell(planned: Sequence[Planned]) -> None:
+    """List the jobs before the first one starts.
+
+    Raises:
+        BadInput: jobs are refused; none has started.
+    """
+    if not planned:
+        return
+    names = _varying([one.overrides for one in planned])
+    states = [one.state for one in planned]
+    counts = ", ".join(f"{states.count(one)} {one}" for one in dict.fromkeys(states))
+    rows = [[str(i), *_values(one.overrides, names), one.state] for i, one in enumerate(planned)]
+    if len(planned) > 1:
+        log.info("a sweep of %d jobs: %s\n%s", len(planned), counts, table(["job", *names, ""], rows))
+    refused = [one for one in planned if one.state == REFUSED]
+    if refused:
+        more = f" ({len(refused) - 1} more jobs are refused)" if len(refused) > 1 else ""
+        raise BadInput(f"{plain(' '.join(refused[0].overrides))}: {refused[0].why}{more}")
+
+
+def _varying(jobs: Sequence[list[str]]) -> list[str]:
+    """The keys whose values differ between jobs, in the order in which they were typed."""
+    pairs = [dict(one.split("=", 1) for one in job) for job in jobs]
+    keys = dict.fromkeys(key for pair in pairs for key in pair)
+    return [key for key in keys if key not in PLACES and len({pair.get(key) for pair in pairs}) > 1]
+
+
+def varying(planned: Sequence[Planned], number: int) -> str:
+    """What sets a job of a sweep apart from the others, as it was typed; "" where no plan knows it."""
+    if number >= len(planned):
+        return ""
+    names = _varying([one.overrides for one in planned])
+    return " ".join(plain(one) for one in planned[number].overrides if one.split("=", 1)[0] in names)
+
+
+def _values(overrides: list[str], names: Sequence[str]) -> list[str]:
+    pairs = dict(one.split("=", 1) for one in overrides)
+    return [plain(pairs.get(name, "")).strip("'\"") for name in names]
+
+
+def table(head: list[str], rows: Sequence[list[str]]) -> str:
+    """Rows below a head, in columns; the last column is as wide as it needs to be."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def write(outcome: Outcome, scratch: str) -> None:
+    """Keep what became of a job in the sweep's folder, where the process that started the sweep finds it."""
+    text = json.dumps(dataclasses.asdict(outcome))  # a value may be NaN, which no file of a run may hold
+    utils.write_text(Path(scratch) / f"outcome-{outcome.number}.json", text)
+
+
+def outcomes(scratch: str, planned: Sequence[Planned] = ()) -> list[Outcome]:
+    """What became of the jobs, by number; those that left nothing have not run."""
+    files = Path(scratch).glob("outcome-*.json")
+    known = {one.number: one for one in (Outcome(**json.loads(file.read_text(encoding="utf-8"))) for file in files)}
+    states = {i: COMPLETE if one.state == COMPLETE else NOT_RUN for i, one in enumerate(planned)}
+    missing = {i: Outcome(i, planned[i].overrides, state) for i, state in states.items() if i not in known}
+    return [one for _, one in sorted({**known, **missing}.items())]
+
+
+def summary(ended: Sequence[Outcome]) -> str:
+    """The table of outcomes: job, what varies, outcome, minutes."""
+    names = _varying([one.overrides for one in ended])
+    rows = []
+    for one in ended:
+        minutes = f"{one.seconds / 60:.1f}" if one.state in (DONE, FAILED) else ""
+        said = f"{one.state}: {one.why}" if one.why else one.state
+        rows.append([str(one.number), *_values(one.overrides, names), minutes, said])
+    states = [one.state for one in ended]
+    order = [one for one in (DONE, COMPLETE, FAILED, NOT_RUN) if one in states]
+    counts = ", ".join(f"{states.count(one)} {one}" for one in order)
+    return f"{len(ended)} jobs: {counts}\n{table(['job', *names, 'minutes', 'outcome'], rows)}"
+
+
+def left(seconds: Sequence[float], todo: int, at_once: int = 1) -> str:
+    """How many jobs are left, this one among them, and about how long they take, by the mean of those done so far."""
+    if not todo:
+        return ""
+    said = "the last job" if todo == 1 else f"{todo} jobs left"
+    if not seconds:
+        return f" ({said})"
+    minutes = sum(seconds) / len(seconds) * -(-todo // at_once) / 60
+    return f" ({said}, about {minutes / 60:.1f} h)" if minutes > 90 else f" ({said}, about {minutes:.0f} min)"
