@@ -353,15 +353,9 @@ def _check_holdout(cfg: DictConfig, prefix: str) -> None:
 
 
 def _check_metrics(cfg: DictConfig, prefix: str) -> None:
-    from tofu.evaluation.metrics import fluency, table  # they import numpy
+    from tofu.evaluation.metrics import fluency  # it imports numpy
 
-    if not isinstance(cfg.metrics, ListConfig):
-        cfg.metrics = [cfg.metrics]
-    for i, name in enumerate(cfg.metrics):
-        meant = table.slug(str(name))
-        meant = table.ALIASES.get(meant, meant)
-        choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES)
-        cfg.metrics[i] = meant
+    cfg.metrics = names.metrics(cfg.metrics, prefix)
     if cfg.compat is not None:
         choice(f"{prefix}compat", cfg.compat, COMPATS)
     choice(f"{prefix}fluency.by", cfg.fluency.by, fluency.BY)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from utils import BadInput
+from utils import BadInput, choice
 
 PLAIN = re.compile(r"\w[\w .,+=@-]*")  # of a file or folder: no separator, no leading point
 TAKEN = ("versions", "finished", "fingerprints", "metrics", "metric_rows", "reference_losses", "eval_log_aggregated")
@@ -32,3 +32,19 @@ def check_method(name: str) -> None:
     """Raise BadInput unless a method's name can name a folder."""
     if not PLAIN.fullmatch(name):
         raise BadInput(f"forget_loss.name={name}: it names the run's folder: take letters, digits, _ . and -")
+
+
+def metrics(asked: Any, prefix: str = "") -> list[str]:
+    """What `metrics` chooses, by our names; `MIA loss` and OpenUnlearning's names are taken too.
+
+    Raises:
+        BadInput: there is no such metric or group.
+    """
+    from tofu.evaluation.metrics import table  # it imports numpy
+
+    found = []
+    for name in asked if isinstance(asked, Sequence) and not isinstance(asked, str) else [asked]:
+        meant = table.slug(str(name))
+        meant = table.ALIASES.get(meant, meant)
+        found.append(choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES) or meant)
+    return found

@@ -72,9 +72,8 @@ def start_run(
             raise BadInput(
                 f"save_dir={save_dir} is, or lies above, {path}, which this run reads: name another save_dir"
             )
-    if not overwrite and in_a_sweep():
-        if found(cfg, folder) == "complete":  # on every rank: they all go on to the next job
-            raise Complete(str(folder))
+    if not overwrite and in_a_sweep() and found(cfg, folder) == "complete":  # on every rank: they all go on
+        raise Complete(str(folder))
     if ranks.rank() > 0:
         return folder
     with _claimed(folder):
