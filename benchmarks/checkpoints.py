@@ -2,8 +2,8 @@
 
 python benchmarks/checkpoints.py [--repetitions 3] [--no-results] [--json FILE]
 
-Saves are those of forget.py with grad_diff on one process, of the golden tiny model and of a Llama of 135M random weights.
-Steps are timed in interleaved runs. Appends to benchmarks/RESULTS.md. Needs ../shared (the golden model).
+Saves are those of forget.py with grad_diff on one process, of the golden tiny model and of a Llama of 135M random
+weights. Steps are timed in interleaved runs. Appends to benchmarks/RESULTS.md. Needs ../shared (the golden model).
 """
 
 import argparse
