@@ -1,4 +1,6 @@
-"""Kill runs with SIGKILL at random moments, compare what they end with: python tests/kills.py [--kills N] [--jobs a,b].
+"""Kill runs with SIGKILL at random moments and compare what they end with.
+
+python tests/kills.py [--kills N] [--jobs "a;b"] [--seed N] [--no-results]
 
 Each kill has a folder of its own: the run is killed, started again with the same command, and ends; what it leaves is
 compared with a run that was never killed: weights' and evaluation logs' bytes, and log_history without time and speed.
@@ -128,17 +130,18 @@ def run_job(name: str, job: Job, kills: int, root: Path, model: Path, draw: rand
     finish(process, whole)
     seconds, expected, places, same = time.monotonic() - began, left(whole), [], 0
     for k in range(kills):
-        folder = whole.with_name(whole.name.replace("whole", str(k)))
-        process = start(job, folder, model)
-        moment = draw.uniform(0 if k % 2 == 0 else first or 0, seconds)
-        try:
-            process.wait(timeout=moment)
-            places.append("ended before")
-        except subprocess.TimeoutExpired:
-            kill(process)
-            places.append(f"{where(folder)} at {moment:.1f} s")
-        if places[-1] != "ended before":
-            finish(start(job, folder, model), folder)
+        while True:
+            folder = whole.with_name(whole.name.replace("whole", f"{k}_{time.monotonic_ns()}"))
+            process, began = start(job, folder, model), time.monotonic()
+            moment = draw.uniform(0 if k % 2 == 0 else min(first or 0, 0.9 * seconds), seconds)
+            try:
+                process.wait(timeout=moment)
+            except subprocess.TimeoutExpired:
+                break
+            seconds = min(seconds, time.monotonic() - began)  # it ended before: the machine is less busy now
+        kill(process)
+        places.append(f"{where(folder)} at {moment:.1f} s")
+        finish(start(job, folder, model), folder)
         same += left(folder) == expected
     row = f"| {name} | {job.processes} | {kills} | {same} | {seconds:.1f} | {'; '.join(places)} |"
     sys.stdout.write(f"{row}\n")
@@ -157,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     sys.stdout.write(f"seed {seed}\n")
     sys.path.insert(0, str(REPO / "tests"))
-    from conftest import random_llama
+    from helpers import random_llama
 
     with tempfile.TemporaryDirectory() as scratch:
         root, (ds_config, model) = Path(scratch), (Path(scratch) / "ds.json", Path(scratch) / "model")

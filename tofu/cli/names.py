@@ -46,5 +46,6 @@ def metrics(asked: Any, prefix: str = "") -> list[str]:
     for name in asked if isinstance(asked, Sequence) and not isinstance(asked, str) else [asked]:
         meant = table.slug(str(name))
         meant = table.ALIASES.get(meant, meant)
-        found.append(choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES) or meant)
+        choice(f"{prefix}metrics", meant if meant in table.NAMES else name, table.NAMES)
+        found.append(meant)
     return found
