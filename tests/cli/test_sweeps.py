@@ -61,14 +61,14 @@ def test_states_before_the_first_job(tmp_path, monkeypatch):
     leave(tmp_path / "rforget05_1", first, whole=True, logging_steps=7)
     leave(tmp_path / "rforget05_2", second, whole=False)
     assert [one.state for one in plan("overwrite_dir=true")] == ["to do"] * 4
-    leave(tmp_path / "rforget10_1", third, whole=False, batch_size=3)
+    leave(tmp_path / "rforget10_1", third, whole=False, num_epochs=3)
     found = plan()
     assert [one.state for one in found] == ["complete", "to do", "refused", "to do"]
     sweeps.tell(found[:2])
-    with pytest.raises(BadInput, match=r"split=forget10 seed=1 .*an unfinished run with other settings: batch_size=3 "):
+    with pytest.raises(BadInput, match=r"split=forget10 seed=1 .*an unfinished run with other settings: num_epochs=3 "):
         sweeps.tell(found)
     (tmp_path / "rforget10_1" / "finished.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"save_dir=rforget10_1 holds a complete run with other settings: batch_size=3 "):
+    with pytest.raises(BadInput, match=r"save_dir=rforget10_1 holds a complete run with other settings: num_epochs=3 "):
         sweeps.tell(plan())
 
 
