@@ -51,13 +51,13 @@ class _Link(threading.Thread):
         while not self.over:
             for key, _ in self.selector.select(0.2):
                 with self.lock:
-                    self._accept() if key.fileobj is self.server else self._read(key.fileobj)
+                    self._accept(self.server) if key.fileobj is self.server else self._read(key.fileobj)
             with self.lock:
                 while self.asked and time.monotonic() - self.asked[0][0] > SETTLE:
                     self._grant(self.asked.pop(0)[1])
 
-    def _accept(self) -> None:
-        connection, _ = self.server.accept()
+    def _accept(self, server: Any) -> None:
+        connection, _ = server.accept()
         _probe(connection)
         self.selector.register(connection, selectors.EVENT_READ)
 
@@ -147,13 +147,15 @@ class _Link(threading.Thread):
         self.join(2)
         for connection in filter(None, (*self.names, self.hub)):
             _send(connection, bye=True)
-        for key in list(self.selector.get_map().values()):
-            key.fileobj.close()
+        for one in [key.fileobj for key in self.selector.get_map().values() if isinstance(key.fileobj, socket.socket)]:
+            one.close()
         self.selector.close()
 
 
 def _send(connection: socket.socket | None, **said: Any) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    if connection is None:
+        return
+    with contextlib.suppress(OSError):
         connection.sendall(json.dumps(said).encode() + b"\n")
 
 

@@ -109,7 +109,7 @@ def _loss(row: Row) -> float | None:
 def perplexity(context: Context) -> Value:
     """exp of the mean over the rows of a text's mean loss per token: the geometric mean of the rows' perplexities."""
     losses = mean_of(context.column(LOSS.name), LOSS.of)
-    return resampled(float(np.exp(losses.value)), np.exp(losses.drawn), losses.n)
+    return resampled(float(np.exp(np.asarray(losses.value))), np.exp(np.asarray(losses.drawn)), losses.n)
 
 
 LOSS = Column("Generation Loss Forget", _loss, "Forget", extra="perplexity")
