@@ -119,28 +119,35 @@ def where(folder: Path) -> str:
     return f"step {steps[-1]}" if steps else f"{logs} logs" if logs else "nothing yet"
 
 
+def wait_for_first(process: subprocess.Popen, folder: Path) -> None:
+    """Wait until a run has written its first checkpoint, or the first log of an evaluation, or has ended."""
+    while process.poll() is None:
+        if any((folder / "resume").glob("step-*")) or any(folder.glob("eval_*.json")):
+            return
+        time.sleep(0.02)
+
+
 def run_job(name: str, job: Job, kills: int, root: Path, model: Path, draw: random.Random) -> tuple[str, bool]:
     """A job's row of the table, and whether all ended the same."""
-    whole, began, first = root / f"{name.replace(', ', '_').replace(' ', '_')}_whole", time.monotonic(), None
+    whole, began = root / f"{name.replace(', ', '_').replace(' ', '_')}_whole", time.monotonic()
     process = start(job, whole, model)
-    while process.poll() is None:
-        if first is None and ((whole / "resume").is_dir() or any(whole.glob("eval_log*.json"))):
-            first = time.monotonic() - began
-        time.sleep(0.02)
+    wait_for_first(process, whole)
+    first = time.monotonic() - began
     finish(process, whole)
     seconds, expected, places, same = time.monotonic() - began, left(whole), [], 0
     for k in range(kills):
         while True:
             folder = whole.with_name(whole.name.replace("whole", f"{k}_{time.monotonic_ns()}"))
             process, began = start(job, folder, model), time.monotonic()
-            moment = draw.uniform(0 if k % 2 == 0 else min(first or 0, 0.9 * seconds), seconds)
+            if k % 2:
+                wait_for_first(process, folder)
             try:
-                process.wait(timeout=moment)
+                process.wait(timeout=draw.uniform(0, seconds - first if k % 2 else seconds))
             except subprocess.TimeoutExpired:
                 break
-            seconds = min(seconds, time.monotonic() - began)  # it ended before: the machine is less busy now
+            seconds, first = seconds * 0.9, first * 0.9  # it ended before: the machine is less busy now
         kill(process)
-        places.append(f"{where(folder)} at {moment:.1f} s")
+        places.append(f"{where(folder)} at {time.monotonic() - began:.1f} s")
         finish(start(job, folder, model), folder)
         same += left(folder) == expected
     row = f"| {name} | {job.processes} | {kills} | {same} | {seconds:.1f} | {'; '.join(places)} |"
