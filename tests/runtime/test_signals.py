@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from data_module import EpochLoader, own_group
 from tofu.runtime import peers, ranks, run_folder, signals
 
 
@@ -62,3 +63,8 @@ def test_one_process_alone_watches_nobody():
     peers.join()
     assert peers.lost() is None and peers.may_speak() is None
     peers.leave()
+
+
+def test_what_makes_batches_does_not_get_the_groups_signals():
+    loader = EpochLoader(list(range(4)), num_workers=1, worker_init_fn=own_group, collate_fn=lambda _: os.getpgid(0))
+    assert os.getpgid(0) not in list(loader)
