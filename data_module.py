@@ -5,6 +5,7 @@ place in the epoch, and a step's samples are the same whatever the number of pro
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -320,6 +321,11 @@ class GlobalBatches(Sampler):
                 slots.sort(key=self.length)
             for k in range(0, len(slots), together):
                 yield slots[k + self.rank : k + together : self.world_size]
+
+
+def own_group(number: int) -> None:
+    """Take a process that makes batches out of its parent's group: a signal to the group is for the parent alone."""
+    os.setpgid(0, 0)
 
 
 class EpochLoader(DataLoader):

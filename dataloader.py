@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, Trainer, TrainerCallback
 
-from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample
+from data_module import ONE_ROW, EpochLoader, GlobalBatches, Sample, own_group
 from tofu.methods import objective
 from tofu.methods.objective import Method, Term
 from tofu.models import architectures, batches, forward, saving
@@ -124,6 +124,7 @@ class TofuTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=own_group,
             multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
