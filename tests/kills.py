@@ -72,7 +72,7 @@ def start(job: Job, folder: Path, model: Path) -> subprocess.Popen:
 def finish(process: subprocess.Popen, folder: Path) -> None:
     """Wait for a run; raise where it failed."""
     if process.wait(timeout=600):
-        raise RuntimeError(f"{folder} failed:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"{folder} failed:\n{folder.with_suffix('.log').read_text()[-9000:]}")
 
 
 def tree(pid: int) -> list[int]:
