@@ -72,7 +72,7 @@ def start(job: Job, folder: Path, model: Path) -> subprocess.Popen:
 def finish(process: subprocess.Popen, folder: Path) -> None:
     """Wait for a run; raise where it failed."""
     if process.wait(timeout=600):
-        raise RuntimeError(f"{folder} failed:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        raise RuntimeError(f"{folder} failed:\n{folder.with_suffix('.log').read_text()[-9000:]}")
 
 
 def tree(pid: int) -> list[int]:
@@ -116,6 +116,8 @@ def where(folder: Path) -> str:
     """What the kill has left."""
     steps = sorted(int(path.name[5:]) for path in (folder / "resume").glob("step-*"))
     logs = len(list(folder.glob("eval_*.json")))
+    if (folder / "finished.json").is_file():
+        return "a complete run"
     return f"step {steps[-1]}" if steps else f"{logs} logs" if logs else "nothing yet"
 
 
@@ -148,7 +150,8 @@ def run_job(name: str, job: Job, kills: int, root: Path, model: Path, draw: rand
             seconds, first = seconds * 0.9, first * 0.9  # it ended before: the machine is less busy now
         kill(process)
         places.append(f"{where(folder)} at {time.monotonic() - began:.1f} s")
-        finish(start(job, folder, model), folder)
+        if not (folder / "finished.json").is_file():
+            finish(start(job, folder, model), folder)
         same += left(folder) == expected
     row = f"| {name} | {job.processes} | {kills} | {same} | {seconds:.1f} | {'; '.join(places)} |"
     sys.stdout.write(f"{row}\n")

@@ -140,6 +140,15 @@ class TestClaims:
         start(tmp_path)
         assert json.loads((tmp_path / claim.CLAIM).read_text())["pid"] == os.getpid()
 
+    def test_a_process_that_nobody_has_waited_for_is_gone(self, tmp_path):
+        other = subprocess.Popen([sys.executable, "-c", ""])
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the kernel's table
+        theirs = {"host": claim.socket.gethostname(), "pid": other.pid}
+        theirs["born"] = (claim.Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split())[19]
+        (tmp_path / claim.CLAIM).write_text(json.dumps(theirs))
+        start(tmp_path)
+        other.wait()
+
     def test_a_refused_run_leaves_nothing(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run_folder, "_explain", lambda *_: (_ for _ in ()).throw(utils.BadInput("no")))
         with pytest.raises(utils.BadInput):

@@ -66,7 +66,8 @@ def _look(folder: Path, file: Path, ours: dict) -> None:
 def _born(pid: int) -> str | None:
     """When a process of this machine was started, in the kernel's ticks: a pid is used again. None: it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # a killed one that nobody has waited for yet is gone too
     except OSError:
         pass
     try:  # no /proc: macOS
