@@ -314,6 +314,9 @@ TITLES = {
         (E, "perturbed_answer_key=wrong", "no column wrong"),
     ],
     "Folders and logs": [
+        (F, "checkpoint_every=often", "it may be a time"),
+        (F, "resume=maybe", "it may be auto, false"),
+        (F, "save_total_limit=0", "it must be at least 1"),
         (F, "save_dir=taken", "exists: name another"),
         (F, "save_dir=taken overwrite_dir=true", "is not a run of this suite"),
         (F, "save_dir=notes.csv", "is a file, not a folder"),
