@@ -291,7 +291,7 @@ def can_mount(folder: Path) -> bool:
 
 def all_of(n: int, seed: int, folder: Path, kinds: Callable[[Fault], bool] = lambda fault: True) -> list[tuple]:
     """So many faults, each kind as often as the others, at drawn moments."""
-    from helpers import random_llama
+    from conftest import random_llama
 
     draw = random.Random(seed)
     model = random_llama(folder / "model")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from helpers import MINI, REPO
 
 from tofu.models import families
-from tofu.runtime import claim, manifest, provenance, ranks, resumption, signals
+from tofu.runtime import claim, manifest, provenance, ranks, resumption
 from tofu.training import checkpoints
 
 SPEED = ("runtime", "per_second", "seconds")  # what of a log's line is not the same twice
@@ -163,15 +165,26 @@ def test_what_is_refused_of_an_interrupted_run(run, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "whole"}
 
 
-def test_a_signal_saves_and_stops_the_run(run, monkeypatch, tmp_path):
+def signal_at(step, patch):
+    """Let a step of the next run get a SIGTERM."""
+    wishes = checkpoints.Resumable.wishes
+
+    def asked(self):
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return wishes(self)
+
+    patch.setattr(checkpoints.Resumable, "wishes", asked)
+
+
+def test_a_signal_saves_and_stops_the_run(run, monkeypatch, capsys, tmp_path):
     """Also where no checkpoints are asked for; a folder without one starts again, with its reference kept."""
-    asked = iter([None, None, "SIGTERM"])
-    monkeypatch.setattr(signals, "requested", lambda: next(asked))
-    with pytest.raises(signals.Interrupted, match="step-3"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        signal_at(3, patch)
         run("forget_loss=dpo", "checkpoint_every=0", name="stopped")
-    claim.release()
+    assert "interrupted by SIGTERM: saved at step 3; run the same command again" in capsys.readouterr().err
+    assert json.loads((tmp_path / "stopped" / "interrupted.json").read_text())["step"] == 3
     ranks.release()
-    monkeypatch.setattr(signals, "requested", lambda: None)
     resumption.remove(tmp_path / "stopped")
     before = (tmp_path / "stopped" / "reference_logps.json").stat().st_mtime_ns
     logging.getLogger().handlers.clear()
@@ -187,12 +200,9 @@ def test_an_evaluation_that_was_left_out_is_made(run, monkeypatch, step):
     small = ("eval.ds_size=4", "eval.generation.max_length=80", "eval.generation.max_new_tokens=2")
     args = ("forget_loss=grad_diff", "eval_while_train=true", *small)
     whole = run(*args, name="whole")
-    asked = iter([None] * (step - 1) + ["SIGTERM"])
-    with monkeypatch.context() as patch:
-        patch.setattr(signals, "requested", lambda: next(asked))
-        with pytest.raises(signals.Interrupted):
-            run(*args, name="stopped")
-    claim.release()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
+        signal_at(step, patch)
+        run(*args, name="stopped")
     ranks.release()
     stopped = run(*args, name="stopped")
     assert saved(stopped) == saved(whole)

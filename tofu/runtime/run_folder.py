@@ -172,7 +172,7 @@ def undo() -> None:
     """Remove the folders that this process made for runs that were refused before they wrote more than their config."""
     ours = {*EXPLAINS, WRITTEN, claim.CLAIM}
     for folder in claim.made():
-        if {path.name for path in folder.iterdir()} <= ours:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= ours:
             for name in ours - {claim.CLAIM}:
                 (folder / name).unlink(missing_ok=True)
             claim.give_up(folder)

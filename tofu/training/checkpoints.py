@@ -24,7 +24,7 @@ import utils
 from data_module import TrainingSet
 from dataloader import TofuTrainer
 from tofu.models.engines import Engine
-from tofu.runtime import provenance, ranks, resumption, signals
+from tofu.runtime import provenance, ranks, resumption, run_folder, signals
 from tofu.runtime.resumption import Interval
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class Resumable(TofuTrainer):
         self.store_flos()
         aside = resumption.aside(self.plan.folder, step)
         if ranks.rank() == 0:
+            run_folder.note(self.plan.folder)  # where it was removed the run ends: a checkpoint alone is no run
             aside.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         self._write(aside)
