@@ -1,6 +1,5 @@
 """The fixtures of all tests: a tiny random model, and the two ways to run a script, as a process and in this one."""
 
-import json
 import os
 import subprocess
 import sys
