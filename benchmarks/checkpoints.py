@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--no-results", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    golden, figures = GOLDEN / "models" / "tiny-llama", {}
+    golden, figures = GOLDEN, {}
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as scratch:
         large = Path(scratch) / "large"

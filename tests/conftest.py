@@ -8,7 +8,7 @@ from pathlib import Path
 
 import environment  # noqa: F401 - first: what it sets is read when the others are imported
 import pytest
-from helpers import MINI, REPO
+from helpers import MINI, REPO, random_llama
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 
