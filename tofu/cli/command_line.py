@@ -63,12 +63,35 @@ def _renamed(argv: list[str]) -> list[str]:
     return found
 
 
-def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callable:
+VALUED = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
+
+
+def _bare_paths(argv: list[str], key: str) -> list[str]:
+    """A command line whose bare words, which are paths, stand in one list, KEY=[...], quoted for Hydra.
+
+    Raises:
+        BadInput: there are bare words, and the key too.
+    """
+    bare = [
+        i
+        for i, arg in enumerate(argv)
+        if i and not arg.startswith("-") and "=" not in arg and argv[i - 1] not in VALUED
+    ]
+    if not bare:
+        return argv
+    if any(arg.startswith(f"{key}=") for arg in argv):
+        raise BadInput(f"{argv[bare[0]]} and {key}=...: name all of them in one list, {key}=[A,B]")
+    quoted = ",".join("'" + argv[i].replace("'", "\\'") + "'" for i in bare)
+    return [*(arg for i, arg in enumerate(argv) if i not in bare), f"{key}=[{quoted}]"]
+
+
+def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str | None = None) -> Callable:
     """Make `main(cfg)` a script's command line: Hydra's, writing nothing by itself and telling an error once.
 
     Args:
         config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
         after: called after every job that ended well (a sweep runs several in one process).
+        paths: the key whose list bare words on the command line are.
 
     The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank. `main` returns what
     the (last) job did.
@@ -79,7 +102,11 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             typed, jobs = sys.argv, Jobs(task, after)
-            argv, stderr, held = _renamed(sys.argv), sys.stderr, io.StringIO()
+            stderr, held = sys.stderr, io.StringIO()
+            try:
+                argv = _renamed(sys.argv if paths is None else _bare_paths(sys.argv, paths))
+            except BadInput as error:
+                return stop(error)
 
             @functools.wraps(task)
             def job(cfg: DictConfig) -> Any:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 from tofu.evaluation import log_formats, logs
@@ -19,7 +19,12 @@ BROKEN = (ValueError, OSError, KeyError, TypeError, AttributeError)  # what a fi
 Paths = Sequence[str | Path]
 
 
-def collect(paths: Paths, retain: Paths | None = None, start: str | Path | None = None) -> Collected:
+def collect(
+    paths: Paths,
+    retain: Paths | None = None,
+    start: str | Path | None = None,
+    truth_ratio: str = "geometric",
+) -> Collected:
     """Every evaluation in folders and files of results.
 
     Args:
@@ -28,6 +33,7 @@ def collect(paths: Paths, retain: Paths | None = None, start: str | Path | None 
         retain: retain models' logs, for results whose own record names none; of several, the one with the same rows,
             and of these the nearest by folder.
         start: the starting model's evaluation, for the same results: its folder or its log.
+        truth_ratio: of logs of other suites, as of `tofu_metrics.log_ratio`.
 
     Returns:
         The runs, sorted by name, and what was refused.
@@ -37,7 +43,7 @@ def collect(paths: Paths, retain: Paths | None = None, start: str | Path | None 
     """
     for cached in (records.config, records.steps_of, records.digest):
         cached.cache_clear()
-    given = _given(retain or (), start)
+    given = _given([retain] if isinstance(retain, str | Path) else retain or (), start, truth_ratio)
     found, refused = [], []
     for path in map(Path, paths):
         place = Path(utils.find(path))
@@ -54,8 +60,16 @@ def collect(paths: Paths, retain: Paths | None = None, start: str | Path | None 
     return Collected(_named(list(known.values())), list(dict.fromkeys(refused)))
 
 
-def _given(retain: Paths, start: str | Path | None) -> tuple[list[Path], Path | None]:
-    """The logs that the command line names."""
+class Given(NamedTuple):
+    """What the command line says of results that have no record."""
+
+    retain: list[Path]
+    start: Path | None
+    truth_ratio: str
+
+
+def _given(retain: Paths, start: str | Path | None, truth_ratio: str) -> Given:
+    """The logs that the command line names, known to be logs."""
     found = []
     for key, path in (*(("retain_result", one) for one in retain), *((("start_result", start),) if start else ())):
         place = Path(utils.find(path))
@@ -63,10 +77,7 @@ def _given(retain: Paths, start: str | Path | None) -> tuple[list[Path], Path | 
         place = place / foreign.EVAL if (place / foreign.EVAL).is_file() else place
         log_formats.read(str(place), key)
         found.append(place)
-    return (found[:-1], found[-1]) if start else (found, None)
-
-
-Given = tuple[list[Path], Path | None]
+    return Given(found[:-1], found[-1], truth_ratio) if start else Given(found, None, truth_ratio)
 
 
 def _below(top: Path, given: Given, found: list[Run], refused: list[Refused]) -> None:
@@ -93,9 +104,9 @@ def _reader(folder: Path, there: set[str]) -> Callable[[Path, Given], list[Run]]
     if (METRICS in there or {CONFIG, VERSIONS} <= there) and logs.AGGREGATED in there:
         return _ours
     if logs.AGGREGATED in there:
-        return lambda folder, given: [foreign.of_log(folder / logs.AGGREGATED, folder, *given, "geometric")]
+        return lambda folder, given: [foreign.of_log(folder / logs.AGGREGATED, folder, *given)]
     if {foreign.EVAL, foreign.SUMMARY} & there:
-        return lambda folder, given: [foreign.of_openunlearning(folder, *given)]
+        return lambda folder, given: [foreign.of_openunlearning(folder, given.retain, given.start)]
     if csvs := sorted(there & {*foreign.STATISTICS}):
         return lambda folder, given: foreign.of_csv(folder / csvs[0])
     if METRICS in there or any(Path(name).match(pattern) for name in there for pattern in LOGS):
@@ -122,7 +133,7 @@ def _of_file(file: Path, given: Given) -> list[Run]:
     if file.name in (logs.AGGREGATED, METRICS, FINISHED, foreign.EVAL, foreign.SUMMARY):
         read = _reader(file.parent, {one.name for one in file.parent.iterdir()})
         return read(file.parent, given) if read else []
-    return [foreign.of_log(file, file.parent, *given, "geometric")]
+    return [foreign.of_log(file, file.parent, *given)]
 
 
 def _incomplete(folder: Path, evaluated: Sequence[Run]) -> str | None:
@@ -167,11 +178,11 @@ def _ours(folder: Path, given: Given) -> list[Run]:
     known, said = records.compared(at, evaluation, prefix)
     run = Run("", folder, OURS, records.keys(evaluation, cfg), metrics, str(of), folder / logs.AGGREGATED)
     run.step, run.checkpoint, run.said = step, checkpoint, said
-    run.retain, run.start = known.get("retain_result"), known.get("start_result") or given[1]
+    run.retain, run.start = known.get("retain_result"), known.get("start_result") or given.start
     run.files = {name: one["sha256"] for name, one in (finished.get("manifest") or {}).items()}
     run.collapsed = list(finished.get("Collapse", ())) if not checkpoint else _signs(run, evaluation)
     if run.retain is None and not evaluation.get("retain_result"):
-        _compare(run, given[0])
+        _compare(run, given.retain)
     return [run]
 
 
