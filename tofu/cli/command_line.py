@@ -29,7 +29,19 @@ from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)
 
-NOISY = ("hydra", "httpx", "datasets", "filelock", "fsspec", "absl", "DeepSpeed", "torch.distributed", "urllib3")
+NOISY = (
+    "hydra",
+    "httpx",
+    "datasets",
+    "filelock",
+    "fsspec",
+    "absl",
+    "DeepSpeed",
+    "torch.distributed",
+    "urllib3",
+    "fontTools",
+    "matplotlib",
+)
 NO_ENTRIES = ("model_config", "run")  # YAMLs in config/ that no script takes by themselves
 PRESETS = "experiment"  # the folder of config/ whose files set several keys at once
 ALIASES = {  # names that people type elsewhere -> what that code runs

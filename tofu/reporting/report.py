@@ -54,7 +54,7 @@ def write(cfg: Mapping[str, Any]) -> Collected:
     _check_baseline(cfg["baseline"], lines)
     with folder.whole(cfg["save_dir"]) as out:
         written = _tables(out, cfg, found, metrics, lines)
-        drawn = _figures(out, cfg, found, keys)
+        drawn = _figures(out, cfg, found)
         utils.write_text(out / INDEX, _index(cfg, found, metrics, lines, written, drawn))
     log.info("%d runs, %d results not taken: %s", len(found.runs), len(found.refused), Path(cfg["save_dir"]) / INDEX)
     return found
@@ -96,14 +96,14 @@ def _tables(
     return list(kept)
 
 
-def _figures(out: Path, cfg: Mapping[str, Any], found: Collected, keys: list[str]) -> Mapping[str, Any]:
+def _figures(out: Path, cfg: Mapping[str, Any], found: Collected) -> Mapping[str, Any]:
     """Draw every figure that the runs allow: name -> its title, or why it is not there."""
     formats = [one for one in cfg["format"] if one not in WRITTEN]
     if not formats:
         return {}
     from tofu.reporting import figures
 
-    return figures.draw(found, keys, out / FIGURES, formats)
+    return figures.draw(found, out / FIGURES, formats)
 
 
 def _index(
@@ -122,7 +122,8 @@ def _index(
         text += [f"## {tables.TITLES.get(name, name)}", "", tables.to_markdown(lines[name], of, cfg["intervals"])]
     text += ["Files: " + ", ".join(f"[{name}]({TABLES}/{name})" for name in written), ""] if written else []
     if drawn:
-        text += ["## Figures", ""]
+        best = "A method's best setting is the one with the largest model utility x forget quality, mean over seeds."
+        text += ["## Figures", "", best, ""]
         for one in drawn.values():
             files = ", ".join(f"[{file.rpartition('.')[2]}]({FIGURES}/{file})" for file in one.files)
             text.append(f"- {one.title}: {files or f'not drawn, {one.why}'}")
