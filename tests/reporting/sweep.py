@@ -9,6 +9,7 @@ import yaml
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import table
 from tofu.evaluation.metrics import tofu as tofu_metrics
+from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.metrics.rows import Context
 
 METHODS = {"grad_ascent": (0.9, 0.5), "grad_diff": (0.8, 0.2), "npo": (0.7, 0.15), "rmu": (0.5, 0.1)}  # pull, cost
@@ -42,7 +43,11 @@ def evaluation(folder: Path, log: dict, retain: Path | None, split: str, model: 
     """An evaluation's files; without a model those of a checkpoint, whose record is its run's. Returns its config."""
     write(folder / logs.AGGREGATED, log)
     against = json.loads(retain.read_text()) if retain else None
-    context = Context(log=log, statistics=tofu_metrics.statistics(log, against))
+    values = tofu_metrics.utility(log)  # without intervals, which take most of the time
+    if against is not None:
+        test = tofu_metrics.forget_quality(log, against)
+        values |= {metric.name: metric.function(test) for metric in tofu_metrics.QUALITY}
+    context = Context(log=log, statistics=Statistics(values, rows={"Forget Rows": ROWS}))
     metrics = table.record(tofu_metrics.METRICS, table.values(tofu_metrics.METRICS, context))
     parts = {"Mem": 0.6, "Priv": 0.4, "Util (ngrams)": metrics["Model Utility"]["value"]}
     metrics |= {

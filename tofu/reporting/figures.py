@@ -77,6 +77,8 @@ def _material(found: Collected, of: tuple[str, ...], known: Mapping[str, Style])
 
 def _save(figure: Figure, out: Path, name: str, formats: Sequence[str]) -> None:
     """Save a figure without dates: the same runs give the same bytes of SVG and PDF."""
+    figure.draw_without_rendering()  # it lays the figure out, which takes as long as drawing it: once for all formats
+    figure.set_layout_engine("none")
     for kind in formats:
         about: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
         with utils.atomic(out / f"{name}.{kind}") as aside:
