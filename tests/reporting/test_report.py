@@ -12,7 +12,7 @@ from helpers import GOLDEN, REPO, SHARED, needs_shared
 
 import utils
 from tofu.evaluation import logs
-from tofu.reporting import canvas, folder, foreign, grouping, records, results, tables
+from tofu.reporting import canvas, folder, foreign, grouping, leaderboard, records, results, tables
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -188,6 +188,31 @@ def test_the_report(runs, found, run_script, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_script("report.py", str(runs))
     assert "save_dir=report holds something else than a report (mine.txt)" in capsys.readouterr().err
+
+
+def test_a_leaderboard_of_submissions(runs, tmp_path):
+    """Who, what, how to reproduce, the digest; one without its author is listed; the public CSV's columns."""
+    for name, text in (
+        ("a", "submitted_by: me\nmethod: my|npo\nreproduce: python forget.py forget_loss=npo\n"),
+        ("b", "submitted_by: you\nmethod: other\nreproduce: see README\n"),
+        ("c", "method: nobody's\nreproduce: x\n"),
+    ):
+        sweep.write(
+            tmp_path / name / "log" / logs.AGGREGATED, sweep.log_of({"a": 0.6, "b": 0.9, "c": 0.5}[name], 0.1, 3)
+        )
+        (tmp_path / name / leaderboard.SUBMISSION).write_text(text)
+    found = results.collect([tmp_path], [runs / "retain90" / "eval_forget10"])
+    submitted, refused = leaderboard.submissions(found.runs)
+    (why,) = refused
+    assert why.place == tmp_path / "c" / "submission.yaml" and why.why == "the submission has no submitted_by"
+    text = leaderboard.page(found.runs, submitted)
+    lines = [line for line in text.splitlines() if line.startswith(("| 1 ", "| 2 "))]
+    qualities = [found.runs[1].value("Forget Quality"), found.runs[0].value("Forget Quality")]
+    assert qualities[0] > qualities[1] and ["other | you" in lines[0], "my\\|npo | me" in lines[1]] == [True, True]
+    assert found.runs[0].digest in text and "`python forget.py forget_loss=npo`" in text
+    rows = list(csv.DictReader(leaderboard.to_csv(found.runs, submitted).splitlines()))
+    assert [row["Submitted By"] for row in rows] == ["me", "you", ""] and len(rows[0]) == 16
+    assert float(rows[0]["Model Utility"]) == found.runs[0].value("Model Utility")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from tofu.reporting import folder, grouping, results
+from tofu.reporting import folder, grouping, leaderboard, results
 from tofu.reporting.grouping import Group
 from tofu.reporting.runs import Collected
 
@@ -52,7 +52,12 @@ def write(cfg: Mapping[str, Any]) -> Collected:
     metrics = grouping.metrics_of(found.runs, cfg["metrics"])
     lines = {name: grouping.groups(found.final(), keys, of) for name, of in metrics.items()}
     _check_baseline(cfg["baseline"], lines)
+    submitted, broken = leaderboard.submissions(found.final())
+    found.refused += broken
     with folder.whole(cfg["save_dir"]) as out:
+        utils.write_text(out / "leaderboard.csv", leaderboard.to_csv(found.final(), submitted))
+        if submitted:
+            utils.write_text(out / "LEADERBOARD.md", leaderboard.page(found.final(), submitted))
         written = _tables(out, cfg, found, metrics, lines)
         drawn = _figures(out, cfg, found)
         utils.write_text(out / INDEX, _index(cfg, found, metrics, lines, written, drawn))
@@ -117,7 +122,14 @@ def _index(
     """The page in Markdown: the tables, the figures, what was left out and what was not taken."""
     from tofu.reporting import tables
 
-    text = ["# Report", "", f"{len(found.runs)} evaluations, all in [{RUNS}]({RUNS}).", "", tables.NOTE, ""]
+    text = [
+        "# Report",
+        "",
+        f"{len(found.runs)} evaluations, all in [{RUNS}]({RUNS}); [leaderboard.csv](leaderboard.csv).",
+        "",
+        tables.NOTE,
+        "",
+    ]
     for name, of in metrics.items():
         text += [f"## {tables.TITLES.get(name, name)}", "", tables.to_markdown(lines[name], of, cfg["intervals"])]
     text += ["Files: " + ", ".join(f"[{name}]({TABLES}/{name})" for name in written), ""] if written else []

@@ -132,7 +132,7 @@ def to_markdown(groups: Sequence[Group], metrics: Sequence[str], intervals: bool
         f"| {' | '.join([*('---' for _ in keys), *('---:' for _ in metrics)])} |",
     ]
     for group in groups:
-        cells = [_plain(text) for text in _keys(group).values()]
+        cells = [plain(text) for text in _keys(group).values()]
         for name in metrics:
             text, rank = cell(group.cells[name], intervals, name), group.cells[name].rank
             cells.append({1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank or 0, text))
@@ -140,7 +140,8 @@ def to_markdown(groups: Sequence[Group], metrics: Sequence[str], intervals: bool
     return "\n".join(lines) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text within one cell of a Markdown table, shown as it is."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
