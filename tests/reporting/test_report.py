@@ -278,6 +278,9 @@ def test_all_formats_in_one_report_have_the_golden_numbers():
         assert len(expected) >= 13
         got = {name: run.value(name) for name in expected}
         assert got == pytest.approx(expected, rel=1e-9, abs=1e-300), run.name
+    groups = grouping.groups(found.final(), grouping.grouping(found.final()), ["Forget Quality"])
+    best = {group.method for group in groups if group.cells["Forget Quality"].rank == 1}
+    assert best == {"tiny-llama-ga"}, "a retain model, compared with itself, does not compete"
 
 
 def test_the_embedded_golden_log(tmp_path):

@@ -64,9 +64,15 @@ def problem(run: Run) -> tuple[str, ...]:
 
 
 def _label(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
-    """The parts of a problem that are not the same in all, for a file's name."""
-    columns = zip(of, zip(*problems, strict=True), strict=True)
-    text = "_".join(part or "unknown" for part, column in columns if len(set(column)) > 1)
+    """The first parts of a problem that tell it from all others, for a file's name."""
+    every, chosen = list(problems), []
+
+    def told(parts: Sequence[int]) -> int:
+        return len({tuple(one[i] for i in parts) for one in every})
+
+    for i in range(len(of)):
+        chosen += [i] if told([*chosen, i]) > told(chosen) else []
+    text = "_".join(of[i] or "unknown" for i in chosen)
     return "".join(sign if sign.isalnum() or sign in "-._" else "-" for sign in text)
 
 

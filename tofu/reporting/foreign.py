@@ -143,6 +143,8 @@ def computed(
         else:
             taken, theirs, said = path, one, []
             break
+    if len(said) > 1:
+        said = [f"no forget quality: none of {len(said)} retain results has its rows; {said[0]}"]
     if not retain and logs.compared(log, logs.FORGET):
         said.append("no forget quality: no retain_result is known")
     context = Context(log=log, statistics=tofu_metrics.statistics(log, theirs, truth_ratio))

@@ -54,6 +54,13 @@ class Group:
         return any(run.collapsed for run in self.runs)
 
     @property
+    def competes(self) -> bool:
+        """Whether its numbers are a method's success: no reference model's, and of no model that has collapsed."""
+        pairs = [(run.log, run.retain) for run in self.runs if run.log is not None and run.retain is not None]
+        retain = any(log.resolve() == other.resolve() for log, other in pairs)  # compared with itself
+        return self.method not in REFERENCES and not self.collapsed and not retain
+
+    @property
     def method(self) -> str:
         """The method of its runs."""
         return str(self.runs[0].keys.get(METHOD))
@@ -182,7 +189,7 @@ def _rank(lines: Sequence[Group], metric: str) -> None:
         for i, line in enumerate(here):
             mean = line.cells[metric].mean
             goal = _distance(metric, mean, retain[0] if retain else None)
-            if goal is not None and line.method not in REFERENCES and not line.collapsed:
+            if goal is not None and line.competes:
                 scores[i] = goal
         if len(scores) < 2:
             continue
