@@ -31,12 +31,14 @@ KINDS = {
     "eval_everything": schema.Evaluate,
     "aggregate_eval_stat": schema.Aggregate,
     "compare": schema.Compare,
+    "report": schema.Report,
 }
 NEEDED = {  # what has no default
     "eval_everything": ["model_path=owner/model"],
     "aggregate_eval_stat": [f"{key}=x" for key in ("retain_result", "ckpt_result", "submitted_by", "method_name")]
     + ["save_file=x.csv"],
     "compare": ["results=[a,b]"],
+    "report": ["results=[a,b]"],
     "altpo": [f"forget_loss.alternates={Path(__file__)}"],
 }
 ENTRIES = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem not in command_line.NO_ENTRIES)

@@ -192,6 +192,7 @@ def make(work: Path, model_folder: Path) -> None:
     (work / "claimed").mkdir()
     (work / "claimed" / ".claim.json").write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "then"}))
     (work / "notes.csv").write_text("mine,1\n")
+    (work / "line.csv").write_text("Model Utility,Method\n0.5,npo\n")
     (work / "cut.json").write_text('{"a": ')
     (work / "other.json").write_text('{"loss": {"0": 1.0}}')
     short = {"avg_paraphrased_loss": {"0": 1.0}, "average_perturb_loss": {"0": [1.0]}}
@@ -200,7 +201,7 @@ def make(work: Path, model_folder: Path) -> None:
 
 
 F, E, T, A = "forget.py", "evaluate_util.py", "finetune.py", "aggregate_eval_stat.py"
-C = "scripts/compare.py"
+C, R = "scripts/compare.py", "report.py"
 BASE = {  # what each script is told besides; a case's own words win
     F: {"model_path": "model", "model_family": "tiny", "data_path": "mini", "split": "forget10", "save_dir": "run"},
     E: {"model_path": "model", "model_family": "tiny", "data_path": "mini", "split": "forget10", "save_dir": "run"},
@@ -208,6 +209,7 @@ BASE = {  # what each script is told besides; a case's own words win
     A: {"retain_result": "short.json", "ckpt_result": "short.json", "method_name": "m", "submitted_by": "me"}
     | {"save_file": "run.csv"},
     C: {},
+    R: {"save_dir": "run"},
 }
 TITLES = {
     "The command line": [
@@ -393,5 +395,14 @@ TITLES = {
         (C, "results=[short.json]", "a list of two evaluations"),
         (C, "results=[nothing,nothing]", "no such file"),
         (C, "results=[short.json,short.json]", "is no metrics.json"),
+        (R, "nothing", "no evaluation in it"),
+        (R, "results=[nowhere]", "no such file or folder"),
+        (R, "short.json results=[mini]", "name all of them in one list"),
+        (R, "short.json save_dir=taken", "holds something else than a report"),
+        (R, "line.csv metrics=[Model]", "metrics=Model is unknown"),
+        (R, "line.csv group_by=[loss]", "group_by=loss is no key"),
+        (R, "line.csv baseline=dpo", "baseline=dpo is unknown"),
+        (R, "short.json format=html", "format=html is unknown"),
+        (R, "short.json retain_result=none.json", "no such file"),
     ],
 }

@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import REPO
 
-SCRIPTS = {"finetune", "forget", "evaluate_util", "aggregate_eval_stat"}
+SCRIPTS = {"finetune", "forget", "evaluate_util", "aggregate_eval_stat", "report"}
 ROOMS = [  # each imports only what stands below it
     *("tofu.attacks", "tofu.training", "dataloader", "tofu.reporting", "tofu.cli", "tofu.evaluation", "tofu.methods"),
     *("tofu.models", "data_module", "tofu.runtime", "utils"),

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 import utils
-from tofu.cli import epochs, names, oracle
+from tofu.cli import epochs, names, oracle, report_keys
 from tofu.cli.schema import (
     ATTENTIONS,
     COMPATS,
@@ -31,6 +31,7 @@ from tofu.cli.schema import (
     Finetune,
     Forget,
     ForgetLoss,
+    Report,
 )
 from tofu.evaluation import vllm_backend
 from tofu.models import families
@@ -392,4 +393,5 @@ CHECKS = {
     Evaluate: _check_evaluate,
     Aggregate: _check_aggregate,
     Compare: _check_compare,
+    Report: report_keys.check,
 }

@@ -37,6 +37,8 @@ NOISY = (
     "DeepSpeed",
     "torch.distributed",
     "urllib3",
+    "fontTools",
+    "matplotlib",
 )
 NO_ENTRIES = ("model_config", "run")  # YAMLs in config/ that no script takes by themselves
 PRESETS = "experiment"  # the folder of config/ whose files set several keys at once
@@ -71,12 +73,35 @@ def _renamed(argv: list[str]) -> list[str]:
     return found
 
 
-def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callable:
+VALUED = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
+
+
+def _bare_paths(argv: list[str], key: str) -> list[str]:
+    """A command line whose bare words, which are paths, stand in one list, KEY=[...], quoted for Hydra.
+
+    Raises:
+        BadInput: there are bare words, and the key too.
+    """
+    bare = [
+        i
+        for i, arg in enumerate(argv)
+        if i and not arg.startswith("-") and "=" not in arg and argv[i - 1] not in VALUED
+    ]
+    if not bare:
+        return argv
+    if any(arg.startswith(f"{key}=") for arg in argv):
+        raise BadInput(f"{argv[bare[0]]} and {key}=...: name all of them in one list, {key}=[A,B]")
+    quoted = ",".join("'" + argv[i].replace("'", "\\'") + "'" for i in bare)
+    return [*(arg for i, arg in enumerate(argv) if i not in bare), f"{key}=[{quoted}]"]
+
+
+def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str | None = None) -> Callable:
     """Make `main(cfg)` a script's command line: Hydra's, writing nothing by itself and telling an error once.
 
     Args:
         config_name: the YAML in config/ that the script takes unless --config-name says otherwise.
         after: called after a job (a sweep runs several in one process).
+        paths: the key whose list bare words on the command line are.
 
     The line that stops a script goes to stderr from rank 0 alone; the exit code is 2 on every rank. `main` returns what
     the (last) job did.
@@ -87,7 +112,11 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None) -> Callabl
         def main() -> Any:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             kind, held, jobs = _kind(config_name), io.StringIO(), Jobs(task, after, sys.argv, _log)
-            jobs.argv = argv = sweeps.spread(_renamed(sys.argv), kind)
+            try:
+                typed = sys.argv if paths is None else _bare_paths(sys.argv, paths)
+            except BadInput as error:
+                return stop(error)
+            jobs.argv = argv = sweeps.spread(_renamed(typed), kind)
             with sweeps.folder() as scratch:
                 name = _named(argv, config_name)
                 with _one_line_errors(name, argv, held, jobs):

@@ -237,4 +237,23 @@ class Compare:
     save_file: str | None = None
 
 
+@dataclass
+class Report:
+    """report.yaml. What may be one or a list has the type Any."""
+
+    results: Any = MISSING
+    retain_result: Any = None
+    start_result: str | None = None
+    group_by: Any = None
+    metrics: Any = None
+    baseline: str | None = None
+    intervals: bool = MISSING
+    format: Any = MISSING
+    truth_ratio: str = MISSING
+    save_dir: str = MISSING
+
+
+REPORT_FORMATS = ("csv", "md", "tex", "svg", "png", "pdf")
+
+
 OmegaConf.register_new_resolver("home", families.home, replace=True)  # where a run is saved unless save_dir says so

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import utils
 from data_module import Tags
 from tofu.evaluation import (
+    console,
     inference,
     judges,
     log_files,
@@ -32,7 +34,6 @@ from tofu.evaluation import (
 from tofu.evaluation.measures import Measures
 from tofu.evaluation.metrics import collapse
 from tofu.evaluation.metrics import tofu as tofu_metrics
-from tofu.evaluation.metrics.declared import Statistics
 from tofu.evaluation.metrics.rows import Row
 from tofu.evaluation.retain_log import load_retain_log
 from tofu.evaluation.sets import Task, check_words, load_sets, prepare, reach
@@ -52,7 +53,7 @@ OWN = (  # what an evaluation writes
 KEPT = (log_files.FINGERPRINTS, measures.ROWS, reference.FILE)  # beside the logs: each says what it was made from
 OURS = ("backend", "ours")  # no part of a fingerprint: older ones are without it
 TOFU_ALONE = Measures()
-Page = Callable[[Mapping[str, Any], Statistics, str, Sequence[str]], str]  # see reporting.page
+Page = Callable[..., str]  # see reporting.page
 
 
 def evaluate(
@@ -218,7 +219,7 @@ def _write(
         for name, content in zip(OPENUNLEARNING, contents, strict=True):
             utils.write_json(folder / name, content)
     log.info("evaluation logs: %s", folder)
-    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in scores.values.items()))
+    log.info("scores:\n%s", console.table(scores.values, truth_ratio))
     if signs:
         log.warning(collapse.warning(signs))
     values = {name: one.value for name, one in more.items() if one.value is not None}
@@ -357,6 +358,14 @@ class Evaluator:
         tasks = [task for task in self.tasks if todo is None or task.data.task in todo]
         return vllm_backend.generate(path, self.tokenizer, tasks, bf16=bf16)
 
+    def _about(self, folder: Path) -> dict[str, Any]:
+        """What the head of the page says of an evaluation into a folder."""
+        step = folder.name.removeprefix("checkpoint-")
+        trained = bool(self.prefix) and step != "0"  # by the run in whose folder this is; else a model from disk
+        model = f"{folder.parent} at step {step}" if trained else self.cfg.model_path
+        named = {"model": model, "split": self.cfg.split, "family": self.cfg.model_family}
+        return {**named, "ds_size": self.cfg.ds_size, "date": datetime.date.today().isoformat()}
+
     def __call__(
         self,
         model: PreTrainedModel | None,
@@ -379,7 +388,7 @@ class Evaluator:
             save_format=self.cfg.save_format,
             retain_log=self.retain_log,
             method_name=self.method_name,
-            page=self.page,
+            page=self.page and functools.partial(self.page, about=self._about(Path(save_dir))),
             fingerprints=fingerprints,
             todo=todo,
             sharded=sharded,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from tofu.evaluation import holdout, judges, log_formats, logs, passes
+from tofu.evaluation import console, holdout, judges, log_formats, logs, passes
 from tofu.evaluation.inference import TokenScores
 from tofu.evaluation.metrics import collapse, fluency, privacy, table
 from tofu.evaluation.metrics.declared import Column, Metric, Statistics, Value
@@ -148,7 +148,7 @@ class Measures:
             logger.info("no %s: %s", ", ".join(names), reason)
         values = {name: one.value for name, one in more.items() if one.value is not None}
         if values:
-            logger.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            logger.info("metrics:\n%s", "\n".join(console.columns(values)))
         return more
 
 
