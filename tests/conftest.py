@@ -27,9 +27,9 @@ def own_process():
 
         from tofu.runtime import ranks
 
+        ranks.release()  # it waits for the group's processes, so the group is still there
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        ranks.release()
 
 
 @pytest.fixture(scope="session")
