@@ -1,5 +1,6 @@
 """The fixtures of all tests: a tiny random model, and the two ways to run a script, as a process and in this one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import environment  # noqa: F401 - first: what it sets is read when the others are imported
 import pytest
-from helpers import MINI, REPO, random_llama
+from helpers import MINI, REPO
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 
@@ -26,15 +27,52 @@ def own_process():
 
         from tofu.runtime import ranks
 
+        ranks.release()  # it waits for the group's processes, so the group is still there
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        ranks.release()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 2 layers and width 32 with random weights and a tokenizer of 300 words, as a family's folder."""
+    """A random Llama, as a family's folder."""
     return random_llama(tmp_path_factory.mktemp("random-llama"))
+
+
+def random_llama(folder: Path) -> Path:
+    """Write a Llama of 2 layers and width 32 with random weights and a tokenizer of 300 words; its folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = [json.loads(line) for line in (MINI / "full.json").read_text().splitlines()]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"{row['question']}\n{row['answer']}" for row in rows), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

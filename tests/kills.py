@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     sys.stdout.write(f"seed {seed}\n")
     sys.path.insert(0, str(REPO / "tests"))
-    from helpers import random_llama
+    from conftest import random_llama
 
     with tempfile.TemporaryDirectory() as scratch:
         root, (ds_config, model) = Path(scratch), (Path(scratch) / "ds.json", Path(scratch) / "model")

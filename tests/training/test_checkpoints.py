@@ -113,7 +113,7 @@ class TestFolders:
         (at / "step-10" / "state").write_text("1")
         assert resumption.newest(tmp_path) == at / "step-9"
         assert not resumption.aside(tmp_path, 13).exists()
-        for said in ("step-12 is damaged", "state has other bytes", "state has 1 bytes, not 2"):
+        for said in ("step-12 is damaged", "state has other content", "state has 1 bytes instead of 2"):
             assert said in caplog.text
 
     def test_so_many_are_kept(self, tmp_path):

@@ -62,6 +62,7 @@ def of_config(cfg: Any) -> tuple[Metric, ...]:
     """The metrics that a checked `schema.Evaluate` asks for."""
     names, by = [*cfg["metrics"]], cfg["fluency"]["by"]
     names += ["mia_reference"] if cfg["reference_model"] and "privacy" in names else []
+    names += ["fluency_classifier"] if by == fluency.CLASSIFIER and "fluency" in names else []
     names += ["perplexity"] if cfg["fluency"]["model"] else []
     return chosen(names, aggregates.left_out(by), {by})
 
