@@ -89,8 +89,8 @@ class TestEntry:
         )
 
     def test_bad_input_in_the_job_is_one_line(self, command):
-        code, out, err, jobs = command("lr=0", "model_family=phi", job=lambda cfg: None)
-        assert (code, out, err) == (2, "", "error: lr=0.0: it must be above 0\n")
+        code, _, err, jobs = command("lr=0", "model_family=phi", job=lambda cfg: None)
+        assert (code, err) == (2, "error: lr=0.0: it must be above 0\n")
         assert "after" not in jobs
 
     def test_a_bug_keeps_its_traceback(self, command):
