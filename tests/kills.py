@@ -4,8 +4,8 @@ python tests/kills.py [--kills N] [--jobs "a;b"] [--seed N] [--no-results]
 
 Each kill has a folder of its own: the run is killed, started again with the same command, and ends; what it leaves is
 compared with a run that was never killed: weights' and evaluation logs' bytes, and log_history without time and speed.
-Every second moment is drawn over the whole run, the others from the first checkpoint on. A checkpoint is written at
-each step. The table goes into docs/reliability.md.
+Every second moment is drawn over the whole run; the others lie between a drawn checkpoint and about the next one. A
+checkpoint is written at each step. The table goes into docs/reliability.md.
 """
 
 import argparse
@@ -121,33 +121,39 @@ def where(folder: Path) -> str:
     return f"step {steps[-1]}" if steps else f"{logs} logs" if logs else "nothing yet"
 
 
-def wait_for_first(process: subprocess.Popen, folder: Path) -> None:
-    """Wait until a run has written its first checkpoint, or the first log of an evaluation, or has ended."""
-    while process.poll() is None:
-        if any((folder / "resume").glob("step-*")) or any(folder.glob("eval_*.json")):
-            return
-        time.sleep(0.02)
+def reached(folder: Path) -> int:
+    """How far a run is: its newest checkpoint's step, or the logs of an evaluation."""
+    steps = [int(path.name[5:]) for path in (folder / "resume").glob("step-*")]
+    return max(steps, default=len(list(folder.glob("eval_*.json"))))
+
+
+def wait_for(process: subprocess.Popen, folder: Path, at: int) -> None:
+    """Wait until a run is so far, or has ended."""
+    while process.poll() is None and reached(folder) < at:
+        time.sleep(0.01)
 
 
 def run_job(name: str, job: Job, kills: int, root: Path, model: Path, draw: random.Random) -> tuple[str, bool]:
     """A job's row of the table, and whether all ended the same."""
     whole, began = root / f"{name.replace(', ', '_').replace(' ', '_')}_whole", time.monotonic()
-    process = start(job, whole, model)
-    wait_for_first(process, whole)
-    first = time.monotonic() - began
+    process, first, last = start(job, whole, model), 0.0, 0
+    while process.poll() is None:
+        first, last = first or (time.monotonic() - began) * (reached(whole) > 0), max(last, reached(whole))
+        time.sleep(0.01)
     finish(process, whole)
     seconds, expected, places, same = time.monotonic() - began, left(whole), [], 0
+    pause = (seconds - first) / max(1, last)  # from one checkpoint to the next, about
     for k in range(kills):
         while True:
             folder = whole.with_name(whole.name.replace("whole", f"{k}_{time.monotonic_ns()}"))
             process, began = start(job, folder, model), time.monotonic()
             if k % 2:
-                wait_for_first(process, folder)
+                wait_for(process, folder, draw.randint(1, max(1, last)))
             try:
-                process.wait(timeout=draw.uniform(0, seconds - first if k % 2 else seconds))
+                process.wait(timeout=draw.uniform(0, pause if k % 2 else seconds))
             except subprocess.TimeoutExpired:
                 break
-            seconds, first = seconds * 0.9, first * 0.9  # it ended before: the machine is less busy now
+            seconds, pause = seconds * 0.9, pause * 0.9  # it ended before: the machine is less busy now
         kill(process)
         places.append(f"{where(folder)} at {time.monotonic() - began:.1f} s")
         if not (folder / "finished.json").is_file():
