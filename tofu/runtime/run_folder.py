@@ -64,9 +64,8 @@ def start_run(
         return folder
     with _claimed(folder):
         held = _held(folder)
-        if held and not {CONFIG, VERSIONS} <= held <= {
-            *EXPLAINS
-        }:  # a run that was refused after its start leaves these two
+        refused = {CONFIG, VERSIONS} <= held <= {*EXPLAINS}  # what a run leaves that was refused after its start
+        if held and not refused:
             if not overwrite:
                 raise BadInput(f"save_dir={save_dir} exists: name another, or overwrite_dir=true to replace that run")
             if VERSIONS not in held:  # save_dir=. must never empty somebody's home
