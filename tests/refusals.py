@@ -94,6 +94,11 @@ def outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def unfinished(folder: Path) -> None:
+    for name in ("versions.json", "config.yaml"):
+        (folder / name).write_text("{}")
+
+
 def altered(folder: Path) -> None:
     """A finished run of which a file was lost."""
     known = {"manifest": {"tokenizer.json": {"size": 1, "sha256": ""}}}
