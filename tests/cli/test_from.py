@@ -75,6 +75,7 @@ def test_what_follows_from_other_keys_follows(script, unlearned):
     assert (now["lr"], now["seed"], now["forget_loss.forget_args.beta"], now["LoRA.r"]) == (3e-4, 7, 3.5, 2)
 
 
+@pytest.mark.slow
 def test_an_evaluation_and_a_sweep(script, evaluated, run_script, tmp_path):
     folder = evaluated("split=forget05", save_dir="run")
     again = script("evaluate_util.py", "from=run", save_dir="again")
