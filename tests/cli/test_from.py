@@ -7,7 +7,7 @@ from helpers import MINI
 from omegaconf import OmegaConf
 
 from tofu.cli import repeat
-from tofu.runtime import machine
+from tofu.runtime import machine, provenance
 
 SMALL = (f"data_path={MINI}", "batch_size=8", "gradient_accumulation_steps=1", "progress=false")
 
@@ -39,7 +39,7 @@ def losses(folder) -> list[dict]:
 
 def config(folder) -> dict:
     return {
-        key: one for key, one in repeat._flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))).items()
+        key: one for key, one in provenance.flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))).items()
     }
 
 
@@ -137,5 +137,5 @@ def test_refused(run_script, tmp_path, monkeypatch, capsys, name, args, said):
 def test_values_come_through_hydras_grammar(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    (override,) = OverridesParser.create().parse_overrides([f"key={repeat._quoted(value)}"])
+    (override,) = OverridesParser.create().parse_overrides([f"key={repeat.quoted(value)}"])
     assert override.value() == value

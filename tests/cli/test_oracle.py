@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import MINI
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tofu.cli import oracle
@@ -101,8 +102,10 @@ def test_where_it_will_be_made(here):
 def test_values_in_hydras_grammar():
     values = {"a": "it's [x], {y}", "b": [1, None, "c,d"], "e": {"f": True, "g": 1e-05, "h": 1, "i": 0}, "j": "a\\b"}
     assert oracle._overrides(OmegaConf.create(values)) == [
-        *(r"a='it\'s [x], {y}'", "b=[1,null,'c,d']", "e.f=true", "e.g=1e-05", "e.h=1", "e.i=0", r"j='a\\b'"),
+        *(r"a='it\'s [x], {y}'", "b=[1,null,'c,d']", "e.f=true", "e.g=1e-05", "e.h=1", "e.i=0", r"j='a\b'"),
     ]
+    (read,) = OverridesParser.create().parse_overrides([oracle._overrides(OmegaConf.create(values))[-1]])
+    assert read.value() == values["j"]  # Hydra doubles no backslash but before a quote
 
 
 @pytest.mark.slow

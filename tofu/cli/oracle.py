@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 import utils
+from tofu.cli import repeat
 from tofu.cli.schema import Finetune
 from tofu.runtime import provenance, ranks
 from tofu.runtime.provenance import CONFIG, FINISHED
@@ -131,13 +132,13 @@ def make(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, place: Path) -> None:
     """Finetune the retain model as the starting model was, unless that is done, and evaluate it."""
     (folder, made), split = provenance.finetuning(cfg.model_path), cfg.split.removesuffix("_perturbed")
-    retain, bars = utils.complement(split), f"progress={_word(cfg.progress)}"
+    retain, bars = utils.complement(split), f"progress={repeat.quoted(cfg.progress)}"
     log.info("oracle=make: %s is finetuned on %s as %s was, then evaluated on %s", place.parent, retain, folder, split)
     taken = [key for key in get_type_hints(Finetune) if key in made and key not in NOT_RECIPE]
     recipe = _overrides({key: made[key] for key in taken})
-    _script("finetune.py", *recipe, bars, f"split={retain}", f"save_dir={_word(str(place.parent))}")
+    _script("finetune.py", *recipe, bars, f"split={retain}", f"save_dir={repeat.quoted(str(place.parent))}")
     rows = _overrides({key: cfg[key] for key in cfg if key not in NOT_OF_THE_ORACLE})
-    _script("evaluate_util.py", *rows, bars, f"model_path={_word(str(place.parent))}", f"save_dir={_word(str(place))}")
+    _script("evaluate_util.py", *rows, bars, *repeat.said({"model_path": str(place.parent), "save_dir": str(place)}))
 
 
 def _script(name: str, *overrides: str) -> None:
@@ -159,24 +160,8 @@ def _script(name: str, *overrides: str) -> None:
 
 def _overrides(values: dict[str, Any]) -> list[str]:
     """Config values as Hydra's key=value."""
-    found = []
-    for key, value in values.items():
-        if isinstance(value, DictConfig):
-            found += _overrides({f"{key}.{name}": one for name, one in value.items()})
-        else:
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-            found.append(f"{key}={_word(plain)}")
-    return found
-
-
-def _word(value: Any) -> str:
-    """A value in Hydra's grammar."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
-    return "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
+    plain = {key: OmegaConf.to_container(one) if OmegaConf.is_config(one) else one for key, one in values.items()}
+    return repeat.said({key: one for key, one in provenance.flat(plain).items() if one != {}})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 import utils
 from tofu.cli.schema import CONFIG_DIR
+from tofu.runtime import provenance
 from tofu.runtime.provenance import CONFIG, REPEATS, VERSIONS
 from utils import BadInput
 
@@ -64,7 +65,7 @@ def _recorded(what: str, run: Path, default: str) -> dict[str, Any]:
     made = "forget" if "forget_loss" in recorded else "eval_everything" if "eval_task" in recorded else "finetune"
     if made != default:
         raise BadInput(f"{what} was made by {SCRIPTS[made]}, not by {ours}: python {SCRIPTS[made]} {what} save_dir=...")
-    return _flat(recorded)
+    return provenance.flat(recorded)
 
 
 def _directory(run: Path) -> Path | None:
@@ -91,7 +92,7 @@ def _overrides(
 ) -> list[str]:
     """The overrides that make the config `name` what is recorded, but for what the user sets."""
     chosen = [f"forget_loss={recorded['forget_loss.name']}"] if "forget_loss.name" in recorded else []
-    plain = _flat(OmegaConf.to_container(_compose(name, chosen), resolve=False))
+    plain = provenance.flat(OmegaConf.to_container(_compose(name, chosen), resolve=False))
     wanted = {key: value for key, value in recorded.items() if key not in GONE and value != {}}
     if lost := [key for key in wanted if key not in plain]:
         raise BadInput(
@@ -102,7 +103,7 @@ def _overrides(
     if hidden := [key for key, value in mine.items() if utils.MASK in str(value) and not _set(key, theirs)]:
         raise BadInput(f"{what}: the record of {hidden[0]} leaves a credential out: give {hidden[0]}=...")
     found = {key: one for key, one in mine.items() if "${" not in str(plain[key]) and key != "retain_split"}
-    composed = _compose(name, [*chosen, *_said(found)])
+    composed = _compose(name, [*chosen, *said(found)])
     for key in mine.keys() - found.keys():
         if key == "retain_split":
             follows = utils.complement(str(OmegaConf.select(composed, "split")))
@@ -110,7 +111,7 @@ def _overrides(
             follows = OmegaConf.select(composed, key)
         if _normal(follows) != _normal(mine[key]):
             found[key] = mine[key]
-    return [*chosen, *_said({key: found[key] for key in mine if key in found and not _set(key, theirs)})]
+    return [*chosen, *said({key: found[key] for key in mine if key in found and not _set(key, theirs)})]
 
 
 def _set(key: str, theirs: Mapping[str, str]) -> bool:
@@ -122,13 +123,6 @@ def _compose(name: str, overrides: list[str]) -> Any:
     HydraConfig.instance().cfg = None  # an earlier command line's, in this process
     with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return hydra.compose(name, overrides)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots; an empty group is a leaf."""
-    if not isinstance(values, dict) or not values:
-        return {prefix.removesuffix("."): values}
-    return {key: one for name, value in values.items() for key, one in _flat(value, f"{prefix}{name}.").items()}
 
 
 def _normal(value: Any) -> Any:
@@ -150,14 +144,15 @@ def _from_there(value: Any, directory: Path | None) -> Any:
     return value if utils.is_local(value) or not (directory / value).exists() else str(directory / value)
 
 
-def _said(values: Mapping[str, Any]) -> list[str]:
+def said(values: Mapping[str, Any]) -> list[str]:
     """Overrides in Hydra's grammar."""
-    return [f"{key}={_quoted(value)}" for key, value in values.items()]
+    return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
+    """A value in Hydra's grammar; in quotes a backslash stands for itself, but before a quote and at the end."""
     if isinstance(value, list):
-        return f"[{','.join(map(_quoted, value))}]"
+        return f"[{','.join(map(quoted, value))}]"
     if isinstance(value, str):
         text = re.sub(r"(\\*)'", lambda found: f"{found[1] * 2}\\'", value)
         ending = re.search(r"\\+$", text)

@@ -114,7 +114,7 @@ def other_config(folder: Path, cfg: DictConfig, but: Sequence[str] = ()) -> list
     Args:
         but: keys that do not count either, nor what lies below them.
     """
-    made, asked = (_flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(folder / CONFIG), cfg))
+    made, asked = (flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(folder / CONFIG), cfg))
     pairs = {key: (made[key], asked[key]) for key in made.keys() & asked.keys()}
     found = [
         f"{key}={old} (now {new})"
@@ -132,11 +132,11 @@ def _below(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots."""
-    if not isinstance(values, dict):
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots; an empty group is a leaf."""
+    if not isinstance(values, dict) or not values:
         return {prefix.removesuffix("."): values}
-    return {key: one for name, value in values.items() for key, one in _flat(value, f"{prefix}{name}.").items()}
+    return {key: one for name, value in values.items() for key, one in flat(value, f"{prefix}{name}.").items()}
 
 
 def _same(one: str, other: str) -> bool:
