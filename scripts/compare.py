@@ -18,8 +18,6 @@ from tofu.cli import checks, command_line, schema
 
 log = logging.getLogger(__name__)
 
-FILE = "metrics.json"
-
 
 def metrics_of(path: str) -> dict[str, Any]:
     """The metrics of an evaluation: its folder, its metrics.json, or OpenUnlearning's TOFU_EVAL.json.
@@ -27,17 +25,17 @@ def metrics_of(path: str) -> dict[str, Any]:
     Raises:
         BadInput: no such file, or another one.
     """
-    place = Path(utils.find(path))
+    from tofu.evaluation import log_formats  # here: it imports numpy
+
+    file, place = log_formats.METRICS, Path(utils.find(path))
     if place.is_dir():
-        theirs = place / "TOFU_EVAL.json"
-        place = theirs if theirs.is_file() and not (place / FILE).is_file() else place / FILE
+        theirs = place / log_formats.EVAL
+        place = theirs if theirs.is_file() and not (place / file).is_file() else place / file
     found = utils.read_json(place, "results")
     if isinstance(found, dict) and any(isinstance(one, dict) and "agg_value" in one for one in found.values()):
-        from tofu.evaluation import log_formats
-
         found = log_formats.metrics_of(found)
-    if not isinstance(found, dict) or not all(isinstance(one, dict) and "value" in one for one in found.values()):
-        raise utils.BadInput(f"results: {path} is no {FILE}: name the folder of an evaluation, or the {FILE} in it")
+    if found != {} and not log_formats.are_metrics(found):
+        raise utils.BadInput(f"results: {path} is no {file}: name the folder of an evaluation, or the {file} in it")
     return found
 
 

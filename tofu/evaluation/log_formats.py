@@ -151,6 +151,11 @@ def metrics_beside(path: str | None, key: str) -> dict[str, Any] | None:
     return found
 
 
+def are_metrics(raw: Any) -> bool:
+    """Whether a JSON value is what a metrics.json holds."""
+    return isinstance(raw, dict) and bool(raw) and all(isinstance(one, dict) and "value" in one for one in raw.values())
+
+
 def metrics_of(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The metrics in OpenUnlearning's TOFU_EVAL.json that are no statistics of a log, by our names."""
     found = privacy.from_openunlearning(raw)

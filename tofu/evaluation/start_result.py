@@ -92,15 +92,10 @@ def _read(path: str, key: str) -> tuple[dict[str, Any], Mapping[str, Any] | None
     file = _file(path, key)
     manifest.check_file(file, key)
     raw = utils.read_json(file, key)
-    if _are_metrics(raw):
+    if log_formats.are_metrics(raw):
         beside = file.with_name(logs.AGGREGATED)
         return raw, log_formats.read(str(beside), key) if beside.is_file() else None
     return log_formats.metrics_beside(str(file), key) or {}, log_formats.read(str(file), key)
-
-
-def _are_metrics(raw: Any) -> bool:
-    """Whether a JSON value is what a metrics.json holds."""
-    return isinstance(raw, dict) and bool(raw) and all(isinstance(one, dict) and "value" in one for one in raw.values())
 
 
 def _check_rows(what: str, task: Task, metrics: Mapping[str, Any], found: Mapping[str, Any] | None) -> None:
