@@ -136,12 +136,13 @@ def wait_for(process: subprocess.Popen, folder: Path, at: int) -> None:
 def run_job(name: str, job: Job, kills: int, root: Path, model: Path, draw: random.Random) -> tuple[str, bool]:
     """A job's row of the table, and whether all ended the same."""
     whole, began = root / f"{name.replace(', ', '_').replace(' ', '_')}_whole", time.monotonic()
-    process, first, last = start(job, whole, model), 0.0, 0
+    process, first, last, seconds = start(job, whole, model), 0.0, 0, 0.0
     while process.poll() is None:
-        first, last = first or (time.monotonic() - began) * (reached(whole) > 0), max(last, reached(whole))
+        now, last = time.monotonic() - began, max(last, reached(whole))
+        first, seconds = first or now * (last > 0), seconds or now * (whole / "finished.json").is_file()
         time.sleep(0.01)
     finish(process, whole)
-    seconds, expected, places, same = time.monotonic() - began, left(whole), [], 0
+    expected, places, same = left(whole), [], 0
     pause = (seconds - first) / max(1, last)  # from one checkpoint to the next, about
     for k in range(kills):
         while True:

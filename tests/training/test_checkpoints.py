@@ -218,13 +218,14 @@ SHARES = {  # engine -> what the command line says
 }
 
 
-def launch(folder: Path, processes: int, cases: list[dict], model: Path) -> None:
-    """Run cases in one launch of tests/engine_worker.py."""
+def launch(folder: Path, processes: int, cases: list[dict], model: Path) -> str:
+    """What cases say that run in one launch of tests/engine_worker.py."""
     (folder / "cases.json").write_text(json.dumps(cases))
     worker = [str(REPO / "tests" / "engine_worker.py"), str(folder / "cases.json"), str(model)]
     start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
     done = subprocess.run([sys.executable, *start, *worker], cwd=REPO, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -255,3 +256,20 @@ def test_two_processes(engine, more, model_folder, tmp_path):
         assert losses[1][:-1] == pytest.approx(losses[0][:-1], abs=1e-4)
     else:
         assert "start 2 processes under" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_under_fsdp(model_folder, tmp_path):
+    """Two processes write shards, three read them: the same data in the same order, losses to 1e-4, said in the log."""
+    common = ["model_family=tiny", f"data_path={MINI}", f"model_path={model_folder}", "split=forget05", "lr=1e-3"]
+    common += ["gradient_accumulation_steps=1", "num_epochs=4", "engine=fsdp", "forget_loss=grad_diff"]
+
+    def case(name: str, *args: str, **how: object) -> dict:
+        return {"script": "forget", "args": [*common, *args, f"save_dir={tmp_path / name}"], **how}
+
+    launch(tmp_path, 2, [case("more", "batch_size=6", "checkpoint_every=1", stop=2)], model_folder)
+    told = launch(tmp_path, 3, [case("more", "batch_size=4"), case("whole", "batch_size=4")], model_folder)
+    losses = [[line.get("loss") for line in history(tmp_path / name)] for name in ("whole", "more")]
+    assert len(losses[0]) > 4
+    assert losses[1][:-1] == pytest.approx(losses[0][:-1], abs=1e-4)
+    assert "with 2 processes, now 3" in told
