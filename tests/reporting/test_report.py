@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from helpers import GOLDEN, REPO, SHARED, needs_shared
 
 import utils
 from tofu.evaluation import logs
-from tofu.reporting import canvas, folder, foreign, grouping, leaderboard, records, results, tables
+from tofu.reporting import canvas, folder, foreign, grouping, latex, leaderboard, records, results, tables
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -153,7 +155,12 @@ def test_tables(found):
     text = tables.to_markdown(groups, metrics)
     assert text.startswith("| method | lr | Model Utility ↑ | ROUGE Forget ↓ | Forget Quality ↑ |")
     assert text.count("**") == 6 and "<u>" in text and "grad\\_ascent †" in text and " ± " in text
-    tex = tables.to_latex(groups, metrics, caption="a", label="tab:a")
+    tex = latex.to_latex(groups, metrics, caption="a", label="tab:a")
+    titles = (
+        r" &  & Model & Forget set & Forget Quality \\ "
+        r"\cmidrule(lr){3-3}\cmidrule(lr){4-4}\cmidrule(lr){5-5} method & lr & Utility $\uparrow$ & ROUGE $\downarrow$ & $p$ $\uparrow$ \\"
+    )
+    assert titles in re.sub(r"\\multicolumn\{1\}\{c\}\{(.*?)\}", r"\1", tex).replace("\n", " ")
     for part in (r"\toprule", r"\midrule", r"\textbf{", r"\underline{", r"grad\_ascent $^\dagger$", r"$\uparrow$"):
         assert part in tex
     assert r"\times10^{-" in tex and "±" not in tex and "_ascent" not in tex.replace(r"\_ascent", "")
@@ -161,6 +168,20 @@ def test_tables(found):
     assert {group.method for group in minus} == {"finetuned", "retain model", "grad_ascent"}
     full = pd.read_csv(pd.io.common.StringIO(tables.to_csv(groups, metrics)))
     assert list(full["runs"]) == [1, 2, 2, 2, 2, 2] and {"Model Utility std", "Model Utility n"} <= set(full)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles(found, tmp_path):
+    """All tables, without a warning of a line too wide."""
+    keys, lines = grouping.grouping(found.final()), []
+    for name, metrics in grouping.metrics_of(found.runs).items():
+        groups = grouping.measured(grouping.groups(found.final(), keys, metrics))
+        lines.append(latex.to_latex(groups, metrics, caption=latex.caption(name), label=f"tab:{name}"))
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+    (tmp_path / "t.tex").write_text("\n".join((head, *lines, r"\end{document}")))
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
 
 
 def test_the_report(runs, found, run_script, monkeypatch, tmp_path, capsys):

@@ -148,6 +148,11 @@ def groups(runs: Sequence[Run], keys: Sequence[str], metrics: Sequence[str]) -> 
     return lines
 
 
+def measured(lines: Sequence[Group]) -> list[Group]:
+    """The lines that have a value."""
+    return [line for line in lines if any(cell.mean is not None for cell in line.cells.values())]
+
+
 def _cell(runs: Sequence[Run], metric: str) -> Cell:
     known = [run.metrics[metric] for run in runs if run.value(metric) is not None]
     values = [one.value for one in known if one.value is not None]

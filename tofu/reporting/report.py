@@ -50,7 +50,7 @@ def write(cfg: Mapping[str, Any]) -> Collected:
         raise utils.BadInput(f"results={','.join(cfg['results'])} has no run that can be read{why}")
     keys = grouping.grouping(found.final(), cfg["group_by"])
     metrics = grouping.metrics_of(found.runs, cfg["metrics"])
-    lines = {name: grouping.groups(found.final(), keys, of) for name, of in metrics.items()}
+    lines = {name: grouping.measured(grouping.groups(found.final(), keys, of)) for name, of in metrics.items()}
     _check_baseline(cfg["baseline"], lines)
     submitted, broken = leaderboard.submissions(found.final())
     found.refused += broken
@@ -78,7 +78,7 @@ def _tables(
     lines: Mapping[str, list[Group]],
 ) -> list[str]:
     """Write runs.csv and every table in its formats. Returns the files' names."""
-    from tofu.reporting import tables
+    from tofu.reporting import latex, tables
 
     utils.write_text(out / RUNS, tables.frame(found.runs, cfg["intervals"]).to_csv(index=False, lineterminator="\n"))
     contents: dict[str, str] = {}
@@ -92,8 +92,8 @@ def _tables(
             if groups:
                 contents[f"{title}.csv"] = tables.to_csv(groups, of)
                 contents[f"{title}.md"] = tables.to_markdown(groups, of, cfg["intervals"])
-                contents[f"{title}.tex"] = tables.to_latex(
-                    groups, of, cfg["intervals"], tables.caption(title), f"tab:{title}"
+                contents[f"{title}.tex"] = latex.to_latex(
+                    groups, of, cfg["intervals"], latex.caption(title), f"tab:{title}"
                 )
     kept = {name: text for name, text in contents.items() if name.rpartition(".")[2] in cfg["format"]}
     for name, text in kept.items():

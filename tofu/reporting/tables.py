@@ -1,4 +1,4 @@
-"""Runs and groups of runs as tables: CSV, Markdown and LaTeX."""
+"""Runs and groups of runs as tables: CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ARROWS = {"max": "↑", "min": "↓", "zero": "→ 0", "retain": "→ retain", "none": ""}
-TEX_ARROWS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "→ 0": r"$\to 0$", "→ retain": r"$\to$ retain", "": ""}
 MARK = "†"  # of a model that has collapsed
 TITLES = {
     "main": "Forgetting and utility",
@@ -115,7 +114,7 @@ def to_csv(groups: Sequence[Group], metrics: Sequence[str]) -> str:
     return pd.DataFrame(lines).dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
 
 
-def _keys(group: Group) -> dict[str, str]:
+def labels(group: Group) -> dict[str, str]:
     """A group's keys as text, its method marked where it has collapsed, and its runs where there are several."""
     found = {name: shown(name, value) for name, value in group.keys.items()}
     if group.collapsed:
@@ -132,7 +131,7 @@ def to_markdown(groups: Sequence[Group], metrics: Sequence[str], intervals: bool
         f"| {' | '.join([*('---' for _ in keys), *('---:' for _ in metrics)])} |",
     ]
     for group in groups:
-        cells = [plain(text) for text in _keys(group).values()]
+        cells = [plain(text) for text in labels(group).values()]
         for name in metrics:
             text, rank = cell(group.cells[name], intervals, name), group.cells[name].rank
             cells.append({1: f"**{text}**", 2: f"<u>{text}</u>"}.get(rank or 0, text))
@@ -143,62 +142,6 @@ def to_markdown(groups: Sequence[Group], metrics: Sequence[str], intervals: bool
 def plain(text: str) -> str:
     """A text within one cell of a Markdown table, shown as it is."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
-
-
-def to_latex(
-    groups: Sequence[Group], metrics: Sequence[str], intervals: bool = False, caption: str = "", label: str = ""
-) -> str:
-    """The groups as a LaTeX table with booktabs' rules."""
-    import pandas as pd
-
-    keys = list(groups[0].keys)
-    titles = [*keys, *map(header, metrics)]
-    lines = [
-        [*_keys(group).values(), *(_tex_number(cell(group.cells[name], intervals, name)) for name in metrics)]
-        for group in groups
-    ]
-    found = pd.DataFrame(lines, columns=[_tex_title(title) for title in titles])
-    marks = {1: "textbf:--rwrap;", 2: "underline:--rwrap;"}
-    props = [
-        [*("" for _ in keys), *(marks.get(group.cells[name].rank or 0, "") for name in metrics)] for group in groups
-    ]
-    style = found.style.hide(axis="index").format(_tex, subset=found.columns[: len(keys)])
-    style = style.apply(lambda _: pd.DataFrame(props, found.index, found.columns), axis=None)
-    return style.to_latex(
-        hrules=True,
-        column_format="l" * len(keys) + "r" * len(metrics),
-        position_float="centering",
-        caption=caption or None,
-        label=label or None,
-    )
-
-
-def _tex(text: str) -> str:
-    for sign, escaped in (("\\", r"\textbackslash "), ("~", r"\textasciitilde "), ("^", r"\textasciicircum ")):
-        text = text.replace(sign, escaped)
-    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace(MARK, "\0"))
-    return text.replace("\0", r"$^\dagger$")
-
-
-def _tex_title(title: str) -> str:
-    name, _, arrow = next(
-        ((title.removesuffix(one).strip(), "", one) for one in ARROWS.values() if one and title.endswith(one)),
-        (title, "", ""),
-    )
-    return f"{_tex(name)} {TEX_ARROWS[arrow]}".strip()
-
-
-def _tex_number(text: str) -> str:
-    text = re.sub(r"(-?[\d.]+)e([+-])0*(\d+)", lambda m: rf"${m[1]}\times10^{{{m[2].strip('+')}{m[3]}}}$", text)
-    text = re.sub(r"(?<![\d^{$])-(?=\d)", r"$-$", text)
-    return text.replace("±", r"$\pm$")
-
-
-def caption(name: str) -> str:
-    """A table's caption in LaTeX."""
-    table, _, baseline = name.partition("_minus_")
-    title = TITLES.get(table, table) + (f", difference to {baseline.replace('_', ' ')}" if baseline else "")
-    return f"{_tex(title)}. {_tex_number(_tex(NOTE))}"
 
 
 def differences(groups: Sequence[Group], baseline: str, metrics: Sequence[str]) -> list[Group]:
