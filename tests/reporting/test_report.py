@@ -158,7 +158,8 @@ def test_tables(found):
     tex = latex.to_latex(groups, metrics, caption="a", label="tab:a")
     titles = (
         r" &  & Model & Forget set & Forget Quality \\ "
-        r"\cmidrule(lr){3-3}\cmidrule(lr){4-4}\cmidrule(lr){5-5} method & lr & Utility $\uparrow$ & ROUGE $\downarrow$ & $p$ $\uparrow$ \\"
+        r"\cmidrule(lr){3-3}\cmidrule(lr){4-4}\cmidrule(lr){5-5} "
+        r"method & lr & Utility $\uparrow$ & ROUGE $\downarrow$ & $p$ $\uparrow$ \\"
     )
     assert titles in re.sub(r"\\multicolumn\{1\}\{c\}\{(.*?)\}", r"\1", tex).replace("\n", " ")
     for part in (r"\toprule", r"\midrule", r"\textbf{", r"\underline{", r"grad\_ascent $^\dagger$", r"$\uparrow$"):
