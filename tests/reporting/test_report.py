@@ -14,7 +14,19 @@ from helpers import GOLDEN, REPO, SHARED, needs_shared
 
 import utils
 from tofu.evaluation import logs
-from tofu.reporting import canvas, folder, foreign, grouping, latex, leaderboard, records, results, tables
+from tofu.reporting import (
+    canvas,
+    figures,
+    folder,
+    foreign,
+    grouping,
+    latex,
+    leaderboard,
+    plots,
+    records,
+    results,
+    tables,
+)
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -171,6 +183,26 @@ def test_tables(found):
     assert list(full["runs"]) == [1, 2, 2, 2, 2, 2] and {"Model Utility std", "Model Utility n"} <= set(full)
 
 
+def test_a_model_that_is_asked_in_another_way(tmp_path):
+    """Two models of each method, one of them evaluated again with other questions: a line between the two."""
+    top = tmp_path / "runs"
+    sweep.sweep(top, splits=("forget05",), methods=("npo", "rmu"), rates=(1e-4,))
+    for method in ("npo", "rmu"):
+        model = top / f"forget05_{method}_0.0001_seed1"
+        cfg = sweep.evaluation(model / "again", sweep.log_of(0.3, 0.2, 5), None, "forget05", model)
+        cfg |= {"question_key": ["question"] * 3 + ["paraphrased_question"], "model_path": str(model)}
+        sweep.write(model / "again" / "config.yaml", cfg)
+    found = results.collect([top])
+    drawn = figures.draw(found, tmp_path / "figures", ["png"])
+    assert drawn["robustness"].files == ("robustness.png",)
+    axes = plots.robustness(canvas.Material(found.runs, found.final(), {}, canvas.styles(["npo", "rmu"]))).axes
+    lines = {line.get_label(): line.get_ydata() for line in axes[0].lines}
+    first = {run.keys["method"]: run for run in found.runs if run.name.endswith("seed1/eval_forget05")}
+    assert set(lines) == {"npo", "rmu"} and [label.get_text() for label in axes[0].get_xticklabels()][0] == "question"
+    for method, (before, after) in lines.items():
+        assert before == first[method].value("ROUGE Forget") and after > before
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 def test_latex_compiles(found, tmp_path):
     """All tables, without a warning of a line too wide."""
@@ -200,7 +232,7 @@ def test_the_report(runs, found, run_script, monkeypatch, tmp_path, capsys):
     assert names >= {*(f"figures/{name}.svg" for name in drawn), "tables/main.tex", "tables/main_minus_npo.csv"}
     assert set(json.loads((out / folder.RECORD).read_text())["files"]) == names - {folder.RECORD}
     index = (out / "report.md").read_text()
-    assert "Robustness before and after attacks: not drawn, no run was attacked" in index and "collapsed" in index
+    assert "asked in another way: not drawn, no model was asked in two ways" in index and "collapsed" in index
     before = {name: (out / name).read_bytes() for name in names}
     run_script("report.py", f"results=[{runs}]", "format=[csv,md,tex,svg]", "baseline=npo")
     assert {name: (out / name).read_bytes() for name in names} == before

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-LABELS = {UTILITY: "model utility", QUALITY: r"$\log_{10}$ forget quality"}
+ROUGE = "ROUGE Forget"
+LABELS = {UTILITY: "model utility", QUALITY: r"$\log_{10}$ forget quality", ROUGE: "forget ROUGE"}
+ATTACKS = ("eval.question_key", "eval.data_path")  # keys that ask a model in another way
 
 
 def tradeoff(material: Material) -> Figure:
@@ -213,8 +215,33 @@ def rates(material: Material) -> Figure:
 
 
 def robustness(material: Material) -> Figure:
-    """Before and after an attack (relearning, quantisation, other prompts): of runs that were attacked."""
-    raise Undrawn("no run was attacked")
+    """Forget ROUGE and model utility when the same models are asked in another way: the means of each method.
+
+    First the way in which most models were asked; then the others, of the models that were asked in both.
+    """
+    asked: dict[str, dict[str, Run]] = {}  # way of asking -> model -> its evaluation
+    names = [name for name in ATTACKS if len({str(run.keys.get(name)) for run in material.final}) > 1]
+    for run in material.final:
+        way = "\n".join(str(run.keys.get(name)).replace("question,", "") for name in names)
+        asked.setdefault(way, {})[run.of] = run
+    if len(asked) < 2:
+        raise Undrawn("no model was asked in two ways (question_key=paraphrased_question, or another data_path)")
+    ways = sorted(asked, key=lambda way: -len(asked[way]))
+    both = [of for of in asked[ways[0]] if any(of in asked[way] for way in ways[1:])]
+    page, panels = figure(1.9, 1, 2)
+    for axes, metric in zip(panels, (ROUGE, UTILITY), strict=True):
+        for method in material.methods():
+            models = [of for of in both if method_of(asked[ways[0]][of]) == method]
+            each = [values([asked[way][of] for of in models if of in asked[way]], metric) for way in ways]
+            known = [(i, float(np.mean(of))) for i, of in enumerate(each) if of]
+            if models:
+                colour, marker, _ = material.styles[method]
+                axes.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=3, label=method)
+        axes.set(xticks=range(len(ways)), xticklabels=[way.replace("_", "\n") for way in ways])
+        axes.set_ylabel(LABELS[metric])
+        axes.margins(0.15)
+    legend(page, panels[0])
+    return page
 
 
 Function = Callable[[Material], "Figure"]
@@ -234,5 +261,5 @@ FIGURES: dict[str, tuple[str, Function]] = {
     ),
     "aggregates": ("Mem, Priv and Util, each method at its best setting", aggregates),
     "rates": ("The learning rate against model utility and forget quality", rates),
-    "robustness": ("Robustness before and after attacks", robustness),
+    "robustness": ("Forget ROUGE and model utility when the same models are asked in another way", robustness),
 }
