@@ -200,16 +200,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would hide the result from a group that shares the folder
+        os.chmod(name, mode())  # mkstemp's 0600 would hide the result from a group that shares the folder
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def mode() -> int:
+    """The mode of a new file that anybody may read whom the umask lets."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    return 0o666 & ~mask
 
 
 def write_text(path: str | Path, text: str) -> None:

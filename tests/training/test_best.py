@@ -17,6 +17,7 @@ from tofu.evaluation.best import Choice, Constraint
 from tofu.evaluation.metrics import table
 from tofu.methods import losses
 from tofu.models import batches, forward, loading
+from tofu.runtime import run_folder
 from tofu.training import callbacks
 from tofu.training.best import KeepBest
 from tofu.training.disruption import Disruption
@@ -126,9 +127,13 @@ def test_the_first_of_equal_ones_is_kept_and_placed(kept):
     see(keep, scores(0.1), scores(0.3), scores(0.3), scores(0.9, 0.4))
     assert [path.name for path in out.iterdir()] == ["best-2"]
     (out / "best-9").mkdir()  # a killed run's
-    keep.place()
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "written.txt"}
-    assert (out / "model.safetensors").read_text() == "2"
+    for _ in range(2):  # a run that is killed before it is complete does it again
+        keep.place()
+        names = {"model.safetensors", "config.json", "written.txt", "best-2", "best-9"}
+        assert {path.name for path in out.iterdir()} == names
+        assert (out / "model.safetensors").read_text() == "2"
+    run_folder.finish_run(out, {})
+    assert {path.name for path in out.iterdir()} == names - {"best-2", "best-9"} | {"finished.json"}
     record = {"step": 2, "metric": "Forget Quality", "value": 0.3, "constraint": "Model Utility >= 0.5", "held": True}
     assert keep.record() == {"best": record}
 
@@ -154,6 +159,7 @@ def test_what_has_no_number(kept, caplog):
 
 
 def test_its_state_goes_on(kept, caplog):
+    caplog.set_level("INFO")
     new, see, out = kept
     keep, again = (new(Choice("Forget Quality", "max")) for _ in range(2))
     see(keep, scores(0.1), scores(0.3))
@@ -163,7 +169,10 @@ def test_its_state_goes_on(kept, caplog):
     assert again.step == 2
     (out / "best-2").rename(out / "best-4")  # a later epoch replaced it before the kill
     again.load_state_dict(state)
-    assert again.step is None and "the best is looked for anew" in caplog.text
+    assert again.step is None and "step 2 gave way to a later one, which is found again" in caplog.text
+    (out / "best-4").rename(out / "mine")
+    with pytest.raises(utils.BadInput, match="best-2, the weights of the best epoch so far, is not there any more"):
+        again.load_state_dict(state)
 
 
 def by_hand(model, start, samples):

@@ -12,7 +12,7 @@ import pytest
 from helpers import MINI, REPO
 
 from tofu.models import families
-from tofu.runtime import claim, manifest, provenance, ranks, resumption
+from tofu.runtime import claim, manifest, provenance, ranks, resumption, run_folder
 from tofu.training import checkpoints
 
 SPEED = ("runtime", "per_second", "seconds")  # what of a log's line is not the same twice
@@ -208,6 +208,25 @@ def test_an_evaluation_that_was_left_out_is_made(run, monkeypatch, step):
     assert saved(stopped) == saved(whole)
     for path in whole.glob("checkpoint-*/eval_log*.json"):
         assert (stopped / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_saved_and_the_run_is_killed_before_it_is_complete(run, monkeypatch):
+    """The same weights are saved when it goes on, from the last checkpoint and from one before."""
+    small = ("eval.ds_size=4", "eval.generation.max_length=80", "eval.generation.max_new_tokens=2")
+    args = ("forget_loss=grad_ascent", "lr=3e-3", "eval_while_train=true", "keep_best.metric=Prob. Retain", *small)
+
+    def killed(*args):
+        raise Stop
+
+    whole = run(*args, name="whole")
+    assert json.loads((whole / "finished.json").read_text())["best"]["step"] == 2
+    for every in (1, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "finish_run", killed)
+            run(*args, f"checkpoint_every={every}", name=f"every{every}")
+        again = run(*args, name=f"every{every}")
+        assert saved(again) == saved(whole) and not list(again.glob("best-*"))
 
 
 SHARES = {  # engine -> what the command line says

@@ -132,8 +132,27 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 def move(aside: Path, folder: Path) -> None:
     """Move the files of a whole model into `folder`, each whole, config.json last; theirs is removed."""
     (aside / run_folder.WRITTEN).unlink(missing_ok=True)
-    run_folder.note(folder, *sorted(path.name for path in aside.iterdir()))
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+    for path in _in_order(aside, folder):
+        path.chmod(utils.mode())  # safetensors writes 0600
         os.replace(path, folder / path.name)
     aside.rmdir()
     log.info("model saved: %s", folder)
+
+
+def copy_to(kept: Path, folder: Path) -> None:
+    """As `move`, but theirs stays; no second copy on the disk where the file system knows hard links."""
+    for path in _in_order(kept, folder):
+        with utils.atomic(folder / path.name) as aside:
+            aside.unlink()
+            try:
+                os.link(path, aside)
+            except OSError:
+                shutil.copyfile(path, aside)
+    log.info("model saved: %s", folder)
+
+
+def _in_order(source: Path, folder: Path) -> list[Path]:
+    """A model's files, config.json last, noted as files of the run in `folder`."""
+    found = [path for path in source.iterdir() if path.name != run_folder.WRITTEN]
+    run_folder.note(folder, *sorted(path.name for path in found))
+    return sorted(found, key=lambda path: (path.name == "config.json", path.name))

@@ -136,7 +136,7 @@ def _interrupted(
         BadInput: see `resumption.Resume.look`.
     """
     if FINISHED in held:
-        resumption.remove(folder)  # it was killed while it removed them
+        _clear(folder)  # it was killed while it did so
         return False
     if held == {VERSIONS}:  # killed between its first two files
         return VERSIONS in _wrote(folder) and (folder / WRITTEN).is_file()
@@ -363,9 +363,23 @@ def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
         note(folder, FINISHED)
         known = {"stages": stages.take(), manifest.KEY: manifest.manifest(folder, _left(folder))}
         utils.write_json(folder / FINISHED, {**scores, **known})
-        resumption.remove(folder)
+        _clear(folder)
         claim.release(folder)
         log.info("finished: %s", save_dir)
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """The steps whose weights are kept, whole, as the best of their time."""
+    found = [path.name.removeprefix(BEST) for path in folder.glob(f"{BEST}*") if (path / "config.json").is_file()]
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what only a run that goes on needs: checkpoints, and the weights that were the best of their time."""
+    resumption.remove(folder)
+    for path in _folders(folder):
+        if path.name.startswith(BEST) and path.name.removeprefix(BEST).isdigit():
+            shutil.rmtree(path)
 
 
 def _left(folder: Path) -> list[str]:

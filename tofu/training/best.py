@@ -95,9 +95,7 @@ class KeepBest:
                 *(self.choice.constraint, self.step, told),
             )
         if ranks.rank() == 0:
-            saving.move(self.folder(), self.out)
-            for other in self.out.glob(f"{run_folder.BEST}[0-9]*"):  # of a run that was killed
-                shutil.rmtree(other)
+            saving.copy_to(self.folder(), self.out)  # until the run is complete a kill may still cost what is there
 
     def record(self) -> dict[str, Any]:
         """For finished.json: which weights are saved, by what, and whether they hold the constraint."""
@@ -112,8 +110,21 @@ class KeepBest:
         return {"step": self.step, "scores": self.scores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, unless the weights that it tells of were replaced by later ones since."""
+        """Go on from what `state_dict` gave.
+
+        Where its weights gave way to better ones after the checkpoint, those are found again.
+
+        Raises:
+            BadInput: its weights were removed, and no better ones are there.
+        """
         self.step, self.scores = state["step"], dict(state["scores"])
-        if self.step is not None and not ranks.from_rank_0((self.folder() / "config.json").is_file()):
-            log.warning("keep_best: the weights of step %d are gone: the best is looked for anew", self.step)
-            self.step, self.scores = None, {}
+        if self.step is None or ranks.from_rank_0((self.folder() / "config.json").is_file()):
+            return
+        later = any(step > self.step for step in run_folder.kept_steps(self.out))
+        if not ranks.from_rank_0(later):
+            raise BadInput(
+                f"keep_best: {self.folder()}, the weights of the best epoch so far, is not there any more, and the run "
+                "can't go on without it: overwrite_dir=true starts again"
+            )
+        log.info("keep_best: step %d gave way to a later one, which is found again", self.step)
+        self.step, self.scores = None, {}
