@@ -47,7 +47,7 @@ def watch(trainer_class: type, seen: dict) -> None:
     trainer_class.train = watched
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no error of the run, which ends all its processes
     """What stands for a kill."""
 
 
