@@ -49,6 +49,8 @@ def jobs(model: Path, ds_config: Path) -> dict[str, Job]:
     for name in FORGET:
         own = {"pdu": ("forget_loss.dual_warmup_epochs=1",), "grad_diff": watched}.get(name, ())
         found[name] = Job("forget", (*forget, f"forget_loss={name}", "batch_size=10", *own), 1, 3)
+    best = (*watched, "keep_best.metric=Prob. Retain")
+    found["grad_diff, keep_best"] = Job("forget", (*forget, "forget_loss=grad_diff", "batch_size=10", *best), 1, 3)
     found["evaluate"] = Job("evaluate_util", evaluate, 1, 3)
     for name in ("grad_diff", "pdu"):
         args = (*forget, f"forget_loss={name}", "batch_size=5", *zero3, "num_epochs=5")

@@ -34,6 +34,10 @@ fi
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # head would end the pipe early
 script=$1
 shift
+args=()
+for arg in "$@"; do # what this job has begun it goes on with, when it comes out of the queue again
+    [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$arg" = overwrite_dir=true ] || args+=("$arg")
+done
 gpus=${SLURM_GPUS_ON_NODE:-1}
 cpus=${SLURM_CPUS_PER_TASK:-$gpus}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / gpus > 0 ? cpus / gpus : 1))}
@@ -46,7 +50,7 @@ trap 'warned=1; again=1; kill -USR1 "$run" 2>/dev/null || true' USR1 TERM
 # srun does not take over sbatch's --cpus-per-task
 srun --cpus-per-task="$cpus" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_backend=c10d --rdzv_endpoint="$head:${PORT:-29500}" --shutdown-timeout="${SAVE_SECONDS:-100}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$repository/$script" "$@" &
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$repository/$script" "${args[@]}" &
 run=$!
 code=0
 again=1

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from helpers import REPO
@@ -133,6 +136,73 @@ class TestClaims:
         (tmp_path / claim.CLAIM).write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "then"}))
         with pytest.raises(utils.BadInput, match=f"process 1 on elsewhere, started then.*remove {tmp_path}"):
             start(tmp_path)
+
+    def theirs(self, folder: Path, **more) -> Path:
+        """A claim of a process on another machine."""
+        found = {"host": "elsewhere", "pid": 1, "start": "then", "beat": claim.BEAT, **more}
+        (folder / claim.CLAIM).write_text(json.dumps(found))
+        return folder / claim.CLAIM
+
+    def test_another_machines_claim_without_a_sign(self, tmp_path, monkeypatch, caplog):
+        """Old by its time; then new, and nothing comes; then with signs."""
+        os.utime(self.theirs(tmp_path), (0, time.time() - claim.QUIET - 1))
+        start(tmp_path)
+        assert "is gone (process 1 on elsewhere, started then), its claim is replaced" in caplog.text
+        run_folder.finish_run(tmp_path, {})
+        monkeypatch.setattr(claim, "PAUSE", 0.05)
+        monkeypatch.setattr(claim, "QUIET", 0.2)
+        for name in ("silent", "alive"):
+            (tmp_path / name).mkdir()
+            self.theirs(tmp_path / name)
+        start(tmp_path / "silent")
+        monkeypatch.setattr(claim, "QUIET", 20)
+        over, file = threading.Event(), tmp_path / "alive" / claim.CLAIM
+
+        def live() -> None:
+            while not over.wait(0.05):
+                os.utime(file)
+
+        thread = threading.Thread(target=live)
+        thread.start()
+        with pytest.raises(utils.BadInput, match="another run writes there .process 1 on elsewhere"):
+            start(tmp_path / "alive")
+        over.set()
+        thread.join()
+
+    def test_a_job_that_was_put_back_into_the_queue(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        self.theirs(tmp_path, job="7", restart=1)
+        start(tmp_path)
+        found = json.loads((tmp_path / claim.CLAIM).read_text())
+        assert (found["job"], found["restart"], found["pid"]) == ("7", 2, os.getpid())
+
+    def test_one_takes_over_what_several_want(self, tmp_path):
+        """Three processes and thirty stale claims: each is taken once."""
+        for i in range(30):
+            (tmp_path / f"{i}").mkdir()
+            theirs = {"host": claim.socket.gethostname(), "pid": 1, "born": "-1"}
+            (tmp_path / f"{i}" / claim.CLAIM).write_text(json.dumps(theirs))
+        code = (
+            "import sys; from pathlib import Path; from tofu.runtime import claim\n"
+            "print('ready', flush=True); sys.stdin.read(1)\n"
+            "for i in range(30):\n"
+            "    try: claim.take(Path(sys.argv[1]) / f'{i}'); print(i, flush=True)\n"
+            "    except Exception: pass\n"
+            "print('end', flush=True); sys.stdin.read(1)"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        takers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPO, **pipes) for _ in range(3)]
+        assert [one.stdout.readline() for one in takers] == ["ready\n"] * 3
+        for one in takers:
+            one.stdin.write("g")
+            one.stdin.flush()
+        took = []
+        for one in takers:
+            took += (int(line) for line in iter(one.stdout.readline, "end\n"))
+        for one in takers:
+            one.communicate("s")
+        assert sorted(took) == list(range(30))
 
     def test_a_pid_that_is_used_again_is_another_process(self, tmp_path):
         theirs = {"host": claim.socket.gethostname(), "pid": 1, "born": "-1", "start": "then"}

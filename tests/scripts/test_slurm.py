@@ -77,7 +77,7 @@ def test_two_nodes_share_one_run(slurm, model_folder, tmp_path):
 def test_a_warned_run_goes_back_into_the_queue_and_on(slurm, model_folder, tmp_path):
     """Warned in the middle of a training: it saves, is put back into the queue, and the next start ends it."""
     args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "split=forget10", "lr=1e-3")
-    args = ("forget.py", *args, "batch_size=4", "num_epochs=2", f"save_dir={tmp_path}/out")
+    args = ("forget.py", *args, "batch_size=4", "num_epochs=2", f"save_dir={tmp_path}/out", "overwrite_dir=true")
     pulse = tmp_path / "pulse.0"
     told = {"FAULT_PULSE": str(tmp_path / "pulse"), "FAULT_PAUSE": "0.5", "PYTHONPATH": str(REPO)}
     job = slurm("tests/fault_worker.py", *args, **told)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import MINI, REPO
+from omegaconf import OmegaConf
 
 from tofu.models import families
 from tofu.runtime import claim, manifest, provenance, ranks, resumption, run_folder
@@ -143,6 +144,16 @@ class TestFolders:
         assert resumption.interval(value) == expected
 
 
+def test_evaluations_that_choose_the_weights_must_be_the_same():
+    for chooses, cfg in (
+        (False, {}),
+        (True, {"keep_best": {"metric": "Agg"}}),
+        (True, {"stop_on": {"collapse": True}}),
+    ):
+        found = resumption.not_weights(OmegaConf.create({"keep_best": {"metric": None}, **cfg}))
+        assert ("eval" in found, "eval_while_train" in found, "save_model" in found) == (not chooses, not chooses, True)
+
+
 def test_what_is_refused_of_an_interrupted_run(run, capsys, tmp_path):
     """Other settings by name, resume=false; damaged, the one before; overwrite_dir starts again."""
     args = ("forget_loss=grad_diff", "checkpoint_every=1", "save_total_limit=2")
@@ -181,8 +192,9 @@ def test_a_signal_saves_and_stops_the_run(run, monkeypatch, capsys, tmp_path):
     """Also where no checkpoints are asked for; a folder without one starts again, with its reference kept."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="75"):
         signal_at(3, patch)
-        run("forget_loss=dpo", "checkpoint_every=0", name="stopped")
-    assert "interrupted by SIGTERM: saved at step 3; run the same command again" in capsys.readouterr().err
+        run("forget_loss=dpo", "checkpoint_every=0", "overwrite_dir=true", name="stopped")
+    said = "interrupted by SIGTERM: saved at step 3; run the same command again, without overwrite_dir=true, to"
+    assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "stopped" / "interrupted.json").read_text())["step"] == 3
     ranks.release()
     resumption.remove(tmp_path / "stopped")

@@ -256,7 +256,7 @@ def _interrupted(stopped: signals.Interrupted) -> None:
     """Say in a file and in a line that a signal has stopped the run, and exit; a sweep ends with its job."""
     run_folder.interrupt(stopped)
     if ranks.rank() == 0:
-        sys.stderr.write(f"{one_line(stopped)}; {signals.AGAIN}\n")
+        sys.stderr.write(f"{one_line(stopped)}; {signals.again()}\n")
         sys.stderr.flush()
     sys.exit(signals.CODE)
 

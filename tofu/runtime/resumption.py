@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import utils
 from tofu.runtime import manifest, provenance
@@ -36,6 +36,7 @@ NOT_WEIGHTS = (  # keys that move no weight, with all below them: a run goes on 
     ),
     *("batch_size", "gradient_accumulation_steps"),  # their product with the processes is compared instead
 )
+CHOOSES = ("eval", "eval_while_train")  # of these, where the evaluations choose the weights or end the run
 UNITS = {"s": 1, "min": 60, "h": 3600}
 MODES = ("auto", "false")
 
@@ -63,6 +64,12 @@ def interval(value: Any) -> Interval:
     raise BadInput(
         f"checkpoint_every={value}: it may be a time (30s, 15min, 2h), epoch, a number of optimiser steps, or 0: never"
     )
+
+
+def not_weights(cfg: Any) -> tuple[str, ...]:
+    """The keys that a run may have otherwise than the interrupted one that it goes on from."""
+    chosen = OmegaConf.select(cfg, "keep_best.metric") is not None or OmegaConf.select(cfg, "stop_on.collapse")
+    return tuple(key for key in NOT_WEIGHTS if not (chosen and key in CHOOSES))
 
 
 def check(cfg: Any) -> None:
@@ -101,7 +108,7 @@ class Resume:
                 f"save_dir={folder} holds {RESUME}/{found.name} of an interrupted run, and resume=false: resume=auto "
                 "goes on from it, overwrite_dir=true starts again"
             )
-        differ = provenance.other_config(folder, cfg, but=NOT_WEIGHTS)
+        differ = provenance.other_config(folder, cfg, but=not_weights(cfg))
         made = json.loads((found / MADE_FROM).read_text(encoding="utf-8")) if found is not None else {}
         for name in provenance.differing(made, self.made_from) if made else ():
             differ.append(f"{name}={made.get(name)} (now {self.made_from[name]})")

@@ -203,7 +203,7 @@ def found(cfg: DictConfig, folder: Path) -> str:
     names = {path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)}
     if (whole and not explained) or names <= {*EXPLAINS, WRITTEN, claim.CLAIM}:
         return ""
-    but = () if whole else resumption.NOT_WEIGHTS
+    but = () if whole else resumption.not_weights(cfg)
     if explained and (differ := provenance.other_config(folder, cfg, but=but)):
         raise BadInput(
             f"save_dir={folder} holds {'a complete' if whole else 'an unfinished'} run with other settings: "
@@ -343,7 +343,7 @@ def interrupt(stop: Interrupted) -> None:
     if ranks.rank() > 0:
         return
     said = {"signal": stop.name, "saved": stop.saved, "step": stop.step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    said |= {"folder": str(stop.folder) if stop.folder else None, "do": signals.AGAIN}
+    said |= {"folder": str(stop.folder) if stop.folder else None, "do": signals.again()}
     if stop.folder is not None and Path(stop.folder).is_dir():
         note(stop.folder, INTERRUPTED)
         utils.write_json(Path(stop.folder) / INTERRUPTED, said)

@@ -6,17 +6,23 @@ Importing it loads no torch: the command line asks for it before anything heavy 
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # a scheduler's end, SLURM's warning before it, Ctrl-C
 CODE = 75  # EX_TEMPFAIL: the same command may be run again, and goes on
-AGAIN = "run the same command again to continue"
 INTERRUPTED = "interrupted.json"  # in the folder of a run that was interrupted, until it goes on
 
 _flag: str | None = None
 _before: dict[str, Any] = {}  # name -> the handler that stood before ours
+
+
+def again() -> str:
+    """What continues the run of this command line."""
+    replaces = any(argument.lower() in ("overwrite_dir=true", "+overwrite_dir=true") for argument in sys.argv)
+    return f"run the same command again{', without overwrite_dir=true,' if replaces else ''} to continue"
 
 
 class Interrupted(Exception):
