@@ -407,7 +407,7 @@ TITLES = {
         (R, "line.csv metrics=[Model]", "metrics=Model is unknown"),
         (R, "line.csv group_by=[loss]", "group_by=loss is no key"),
         (R, "line.csv baseline=dpo", "baseline=dpo is unknown"),
-        (R, "short.json format=html", "format=html is unknown"),
+        (R, "short.json format=xlsx", "format=xlsx is unknown"),
         (R, "short.json retain_result=none.json", "no such file"),
     ],
 }

@@ -253,7 +253,7 @@ class Report:
     save_dir: str = MISSING
 
 
-REPORT_FORMATS = ("csv", "md", "tex", "svg", "png", "pdf")
+REPORT_FORMATS = ("csv", "md", "tex", "svg", "png", "pdf", "html")
 
 
 OmegaConf.register_new_resolver("home", families.home, replace=True)  # where a run is saved unless save_dir says so

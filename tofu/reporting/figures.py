@@ -46,9 +46,9 @@ def draw(found: Collected, out: Path, formats: Sequence[str]) -> dict[str, Drawn
             files: list[str] = []
             reasons: list[str] = []
             for of in problems:
-                suffix = f"_{_label(of, problems)}" if len(problems) > 1 else ""
+                suffix = f"_{label_of(of, problems)}" if len(problems) > 1 else ""
                 try:
-                    figure = function(_material(found, of, known))
+                    figure = function(material_of(found, of, known))
                 except Undrawn as why:
                     reasons.append(str(why))
                     continue
@@ -63,7 +63,7 @@ def problem(run: Run) -> tuple[str, ...]:
     return tuple(str(grouping.key_of(run, name)) for name in grouping.PROBLEM)
 
 
-def _label(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
+def label_of(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
     """The first parts of a problem that tell it from all others, for a file's name."""
     every, chosen = list(problems), []
 
@@ -76,7 +76,8 @@ def _label(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
     return "".join(sign if sign.isalnum() or sign in "-._" else "-" for sign in text)
 
 
-def _material(found: Collected, of: tuple[str, ...], known: Mapping[str, Style]) -> Material:
+def material_of(found: Collected, of: tuple[str, ...], known: Mapping[str, Style]) -> Material:
+    """What the figures of one problem read; `known` are the styles of all methods."""
     here = Collected([run for run in found.runs if problem(run) == of], [])
     return Material(here.runs, here.final(), here.trajectories(), known)
 

@@ -96,7 +96,7 @@ def truth_ratios(material: Material) -> Figure:
     page, panels = figure(0.5 + 1.35 * lines, lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
         run = chosen[name]
-        ours, theirs = _ratios(run, Path(str(run.log))), _ratios(run, Path(str(run.retain)))
+        ours, theirs = ratios(run, Path(str(run.log))), ratios(run, Path(str(run.retain)))
         _gap(axes, ours, theirs, material.styles[name].colour)
         axes.set_title(name)
     for axes in panels.flat[len(names) :]:
@@ -109,7 +109,7 @@ def truth_ratios(material: Material) -> Figure:
     return page
 
 
-def _ratios(run: Run, file: Path) -> np.ndarray:
+def ratios(run: Run, file: Path) -> np.ndarray:
     """(rows,) sorted log truth ratios of the forget set in a log, nats."""
     found = logs.columns(foreign.read_log(file), logs.FORGET, logs.RIGHT, logs.WRONG)
     form = run.keys.get("truth_ratio") or "geometric"
@@ -120,12 +120,18 @@ def _gap(axes: Axes, ours: np.ndarray, theirs: np.ndarray, colour: str) -> None:
     """Both distributions, and their largest distance, which the KS test reads."""
     axes.ecdf(theirs, color=BLACK, lw=1, label="retain model")
     axes.ecdf(ours, color=colour, lw=1, label="_")
+    at, low, high = widest(ours, theirs)
+    axes.plot([at] * 2, [low, high], color=BLACK, lw=1, ls=":", marker="_", ms=5, label="KS gap")
+    gap = abs(low - high)
+    axes.text(0.97, 0.06, f"KS {gap:.2f}", transform=axes.transAxes, ha="right", fontsize=6)
+
+
+def widest(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Where two sorted samples' distributions are farthest apart, and both shares there."""
     at = np.concatenate([ours, theirs])
     shares = [np.searchsorted(one, at, "right") / len(one) for one in (ours, theirs)]
     i = int(np.abs(shares[0] - shares[1]).argmax())
-    axes.plot([at[i]] * 2, [shares[0][i], shares[1][i]], color=BLACK, lw=1, ls=":", marker="_", ms=5, label="KS gap")
-    gap = abs(shares[0][i] - shares[1][i])
-    axes.text(0.97, 0.06, f"KS {gap:.2f}", transform=axes.transAxes, ha="right", fontsize=6)
+    return float(at[i]), float(shares[0][i]), float(shares[1][i])
 
 
 def over_steps(material: Material) -> Figure:

@@ -13,9 +13,9 @@ from tofu.reporting.runs import Collected
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("matplotlib", "pandas", "jinja2")  # the extra `report`
+NEEDED = ("matplotlib", "pandas", "jinja2", "itables", "plotly")  # the extra `report`
 RUNS, INDEX, TABLES, FIGURES = "runs.csv", "report.md", "tables", "figures"
-WRITTEN = ("csv", "md", "tex")  # formats of tables; the others are those of figures
+WRITTEN, SITE = ("csv", "md", "tex"), "html"  # formats of tables, and of the page; the others are those of figures
 
 
 def require() -> None:
@@ -61,7 +61,12 @@ def write(cfg: Mapping[str, Any]) -> Collected:
         written = _tables(out, cfg, found, metrics, lines)
         drawn = _figures(out, cfg, found)
         utils.write_text(out / INDEX, _index(cfg, found, metrics, lines, written, drawn))
-    log.info("%d runs, %d results not taken: %s", len(found.runs), len(found.refused), Path(cfg["save_dir"]) / INDEX)
+        if SITE in cfg["format"]:
+            from tofu.reporting import site
+
+            site.write(out, cfg, found, metrics)
+    start = Path(cfg["save_dir"]) / ("index.html" if SITE in cfg["format"] else INDEX)
+    log.info("%d runs, %d results not taken: %s", len(found.runs), len(found.refused), start)
     return found
 
 
@@ -103,7 +108,7 @@ def _tables(
 
 def _figures(out: Path, cfg: Mapping[str, Any], found: Collected) -> Mapping[str, Any]:
     """Draw every figure that the runs allow: name -> its title, or why it is not there."""
-    formats = [one for one in cfg["format"] if one not in WRITTEN]
+    formats = [one for one in cfg["format"] if one not in (*WRITTEN, SITE)]
     if not formats:
         return {}
     from tofu.reporting import figures
@@ -125,7 +130,8 @@ def _index(
     text = [
         "# Report",
         "",
-        f"{len(found.runs)} evaluations, all in [{RUNS}]({RUNS}); [leaderboard.csv](leaderboard.csv).",
+        f"{len(found.runs)} evaluations, all in [{RUNS}]({RUNS}); [leaderboard.csv](leaderboard.csv)"
+        + ("; [index.html](index.html) to sort, filter and read generations." if SITE in cfg["format"] else "."),
         "",
         tables.NOTE,
         "",
