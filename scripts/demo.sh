@@ -29,3 +29,5 @@ echo "forget quality of KL at its checkpoints (1: like the oracle)"
 find "$RUNS/forget10_KL" -maxdepth 1 -name 'checkpoint-*' | sort -V | while read -r folder; do
     printf '%s\t%s\n' "$(basename "$folder")" "$($PYTHON scripts/table.py --only 'Forget Quality' "$folder")"
 done
+echo
+$PYTHON report.py "$RUNS" save_dir="${RUNS%/}_report"
