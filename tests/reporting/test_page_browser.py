@@ -108,13 +108,13 @@ def test_sorted_filtered_searched(visit, address):
     page.get_by_role("button", name="Reset", exact=True).click()
     page.wait_for_selector("html[data-ready]", state="attached")
     page.get_by_role("button", name="Values of method").click()
-    page.locator(".dtcc-list-button", has_text="finetuned").click()
+    page.locator(".dtcc-list").get_by_role("button", name="finetuned").click()
     page.keyboard.press("Escape")
     assert shown(page) == 1 and column(page, 1) == ["full/eval_forget10"]
     page.get_by_role("button", name="Reset", exact=True).click()
     page.wait_for_selector("html[data-ready]", state="attached")
     page.get_by_label("Search all runs").fill("repeats itself")
-    assert shown(page) == 0, "the signs are in the notes"
+    assert shown(page) == 2, "a search finds what no column shows"
     page.get_by_label("Search all runs").fill("collapsed")
     assert shown(page) == 2 and page.locator("tr.collapsed td", has_text="† collapsed").count() == 2
 
@@ -317,13 +317,13 @@ def test_500_runs_of_400_rows(visit, tmp_path):
         button.click();
         const done = () => document.getElementById("browser-title").textContent.startsWith(button.textContent)
             && document.querySelector(".card.after .text");
-        while (!done()) await new Promise((next) => setTimeout(next));
+        while (!done() && performance.now() < start + 20000) await new Promise((next) => setTimeout(next));
         return performance.now() - start;
     }"""
     opens = []
     for n in range(1, 6):
         opens.append(page.evaluate(opened, n))
-        page.keyboard.press("Escape")
+        page.keyboard.press("Escape")  # the next one is opened at once, before the browser has said that this is closed
     assert page.locator("#rows [role=option]").count() == 400
     found = {
         name: statistics.median(of)

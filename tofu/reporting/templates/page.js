@@ -146,7 +146,7 @@ function build() {
   if (table) table.destroy();
   const chosen = new Set(link.columns ?? usual);
   columns = data.columns.filter((column) => column.kind === "run" || chosen.has(column.name));
-  const everything = (run) => data.columns.map((column) => valueOf(run, column) ?? "").join(" ");
+  const everything = (run) => [...data.columns.map((column) => valueOf(run, column) ?? ""), ...run.collapsed, ...run.said].join(" ");
   const last = { name: EVERYTHING, title: "", visible: false, orderable: false, type: "string", columnControl: [],
     data: (run, type) => (type === "filter" ? escaped(everything(run)) : "") };
   const titles = [...columns.map((column) => column.title ?? column.name), ""];
@@ -408,11 +408,12 @@ byId("set").addEventListener("change", () => list(chosen >= 0 ? rowOf(hits[chose
 byId("against").addEventListener("change", () => { if (chosen >= 0) showTexts(); });
 byId("previous").addEventListener("click", () => nextRun(-1));
 byId("next").addEventListener("click", () => nextRun(1));
-byId("close").addEventListener("click", () => dialog.close());
+byId("close").addEventListener("click", () => { turn++; dialog.close(); });
 byId("keys-close").addEventListener("click", () => byId("keys").close());
 byId("help").addEventListener("click", () => byId("keys").showModal());
 byId("theme").addEventListener("click", () => switchTheme());
-dialog.addEventListener("close", () => { turn++; keep({ run: null, row: null }); });
+dialog.addEventListener("cancel", () => { turn++; });
+dialog.addEventListener("close", () => { if (!dialog.open) keep({ run: null, row: null }); }); // it comes late: another may be open
 
 // ---- keys ----
 function nextButton(step) {
