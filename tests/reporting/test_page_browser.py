@@ -1,4 +1,4 @@
-"""The report's page in a browser: what a reader does with it, by mouse, by keys and on a phone, without a network."""
+"""The report's page in Chromium: what a reader does with it, by mouse, by keys, on a phone; nothing asks a network."""
 
 import json
 import shutil
@@ -236,6 +236,7 @@ def test_by_keys_alone(visit, address):
     assert seen == set(controls)
 
 
+@pytest.mark.slow
 def test_figures(visit, address):
     """Each is drawn when it comes into view; hover says which run a point is, a click opens it."""
     page = visit(address)
@@ -264,6 +265,7 @@ def test_figures(visit, address):
     page.wait_for_selector("figure .ytitle:has-text('ROUGE Forget')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone(visit, address, dark):
     """390 px: the table scrolls in itself and the page does not; dark where the system is, and by the switch."""

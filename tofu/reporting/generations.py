@@ -115,7 +115,7 @@ class _Reader:
         known: dict[str, Any] = {"set": i, "tags": tags}
         known["after"] = self._put([text.generation for text in texts.values()], new)
         for role, log in (("before", self._start(run)), ("retain", run.retain)):
-            if log is not None and log != run.log and (given := self._of_other(i, questions, rows, log)):
+            if log is not None and (given := self._of_other(i, questions, rows, log)):
                 known[role] = self._put(given, new)
                 known[f"{role}_of"] = self.names.get(log.resolve(), str(log))
         return known, new

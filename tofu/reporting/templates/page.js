@@ -332,7 +332,7 @@ function showTexts() {
   const against = byId("against").value;
   const reference = shown[against]?.[k] ?? null;
   const cards = Object.entries(ROLES).map(([role, name]) => {
-    const source = { truth: `${set} ${key}`, after: runs[i].name }[role] ?? known[`${role}_of`] ?? "";
+    const source = role === "after" ? runs[i].name : known[`${role}_of`] ?? "";
     return card(role, name, source, shown[role]?.[k] ?? null, role === against ? null : reference);
   });
   byId("texts").replaceChildren(
@@ -343,7 +343,7 @@ function showTexts() {
 }
 function card(role, name, source, text, reference) {
   const body = make("p", { className: "text" });
-  if (text === null) body.append(make("i", { textContent: source ? "It has no generation of this row." : "No log of it is known." }));
+  if (text === null) body.append(make("i", { textContent: source || role === "truth" ? "It has none of this row." : "No log of it is known." }));
   else if (!text) body.append(make("i", { textContent: "(empty)" }));
   else body.append(...marked(reference, text).map(([differs, part]) => (differs ? make("mark", { textContent: part }) : part)));
   const title = make("h4", { textContent: name });
@@ -457,10 +457,10 @@ function about(i) {
 }
 function traceOf(trace, layout) {
   const axis = (name) => layout[name]?.title?.text;
-  const x = trace.type === "bar" ? "%{x}" : `${axis("xaxis") ?? "x"}: %{x}<br>${trace.choice ? escaped(trace.choice) : axis("yaxis") ?? ""}`;
+  const x = trace.type === "bar" ? "%{x}" : `${axis("xaxis") ?? "x"}: %{x:.4~g}<br>${trace.choice ? escaped(trace.choice) : axis("yaxis") ?? ""}`;
   return {
     ...inTheme(trace), name: escaped(trace.name), text: (trace.customdata ?? []).map(about), textposition: "none",
-    hovertemplate: `%{text}<br>${x}: %{y:.4g}<extra></extra>`,
+    hovertemplate: `%{text}<br>${x}: %{y:.4~g}<extra></extra>`,
   };
 }
 function layoutOf(figure, choice, width) {
@@ -473,11 +473,12 @@ function layoutOf(figure, choice, width) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 8, b: 48 }, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", height: width < 480 ? 420 : 400,
     xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis, ...y },
   };
 }
-const SETUP = { responsive: true, displayModeBar: matchMedia("(pointer: coarse)").matches ? false : "hover", displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
+const SETUP = { responsive: true, displayModeBar: matchMedia("(pointer: coarse)").matches ? false : "hover", displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], toImageButtonOptions: { format: "svg" } };
 function figureOf(figure) {
   const place = make("div", { className: "plot" });
   place.dataset.name = figure.name;
