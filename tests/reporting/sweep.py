@@ -108,3 +108,43 @@ def sweep(top: Path, splits=("forget05", "forget10"), methods=tuple(METHODS), ra
                     evaluation(folder / f"eval_{split}", log, against, split, folder, **signs)
                     count += 1
     return count
+
+
+VOWELS, CONSONANTS = "aeiou", "bcdfghklmnprstvz"
+
+
+def many(top: Path, runs: int, rows: int) -> int:
+    """Evaluations of the forget set with texts of made-up words, all metrics random. Returns the number of runs."""
+    draw = np.random.default_rng(0)
+    letters = (draw.choice(list(CONSONANTS), 6000).tolist(), draw.choice(list(VOWELS), 6000).tolist())
+    words = ["".join(a + b for a, b in zip(*(of[i : i + 3] for of in letters), strict=True)) for i in range(5990)]
+    index = np.minimum(draw.zipf(1.3, (2 * rows, 24)), len(words)) - 1
+    texts = [" ".join(words[i] for i in row[: 8 + k % 16]) for k, row in enumerate(index)]
+    questions, truths = [f"Question: {one}?\nAnswer:" for one in texts[:rows]], texts[rows:]
+    names = [metric.name for metric in table.METRICS]
+    methods = [*METHODS, "idk", "KL", "simnpo", "undial"]
+    for n in range(runs):
+        method, rate, seed = methods[n % len(methods)], [1e-6, 3e-6, 1e-5, 3e-5, 1e-4][n // 8 % 5], n // 40
+        folder = top / f"{method}_{rate}_seed{seed}"
+        share = float(draw.uniform(0.1, 0.9))
+        kept = draw.random((rows, 24)) > share
+        new = draw.integers(0, len(words), (rows, 24))
+        made = [
+            " ".join(word if kept[k, i] else words[new[k, i]] for i, word in enumerate(truth.split()))
+            for k, truth in enumerate(truths)
+        ]
+        wrong = draw.normal(2, 0.5, (rows, 3)).round(4)
+        log = {logs.RIGHT: dict(enumerate((1 + share + wrong[:, 0]).round(4).tolist())), logs.WRONG: wrong.tolist()}
+        log["generated_text"] = [list(row) for row in zip(questions, made, truths, strict=True)]
+        write(folder / "eval" / logs.AGGREGATED, {f"{logs.FORGET}.json": log})
+        values = dict(zip(names, draw.random(len(names)).tolist(), strict=True))
+        metrics = {name: {"value": value, "n": rows, "interval": [0.0, 1.0]} for name, value in values.items()}
+        write(folder / "eval" / "metrics.json", metrics)
+        retain = str(top / f"{methods[0]}_{1e-6}_seed0" / "eval" / logs.AGGREGATED) if n else None
+        cfg = {"eval_task": [logs.FORGET], "split": "forget10_perturbed", "model_family": "tiny", "ds_size": None}
+        cfg |= {"retain_result": retain, "start_result": retain, "truth_ratio": "geometric"}
+        write(folder / "eval" / "config.yaml", {**cfg, "model_path": str(folder)})
+        write(folder / "eval" / "versions.json", {"inputs": {}})
+        write(folder / "eval" / "finished.json", {"Collapse": ["it repeats itself"] if n % 50 == 49 else []})
+        training(folder, "forget10", rate, seed, cfg, method)
+    return runs

@@ -18,6 +18,7 @@ from tofu.reporting.results import BROKEN
 from tofu.reporting.runs import Collected, Run
 
 TAGGED = 8  # rows from which on what all prompts begin and end with is taken for the prompt's tags
+AROUND = 150  # bytes of a block's element, or of why a run has none
 NAMES = {task: name for name, task in logs.TASKS.items()}
 Row = tuple[str, str]  # the set's name, the row's number
 
@@ -44,28 +45,34 @@ def collect(found: Collected, room: int) -> Shown:
     """The texts of all runs, final ones first, as far as there is room.
 
     Args:
-        room: bytes of all blocks together.
+        room: bytes of all blocks together, and of what says which run has which.
 
     Returns:
         The sets, blocks and which run has which. A run without generations, or without room, has `why` alone.
     """
     shown, reader = Shown(), _Reader(found)
     final = {run.name for run in found.final()}
+    room -= sum(AROUND + _size(run.name) for run in found.runs)
     for run in sorted(found.runs, key=lambda run: run.name not in final):
         texts = reader.texts(run.log)
         if isinstance(texts, str):
             shown.of_run[run.name] = {"why": texts}
             continue
         known, new = reader.blocks(run, texts, shown)
-        size = sum(len(block) for id, block in new.items() if id not in shown.blocks)
+        size = _size(known) + sum(AROUND + len(block) for id, block in new.items() if id not in shown.blocks)
+        size += _size(list(texts)) if shown.sets[known["set"]]["question"] not in shown.blocks else 0
         if size > room:
             shown.left_out.append(run.name)
-            shown.of_run[run.name] = {"why": "its generations are left out: the page would be too large"}
+            shown.of_run[run.name] = {"why": "its generations are left out, the page would be too large"}
             continue
         room -= size
         shown.blocks |= new
         shown.of_run[run.name] = known
     return shown
+
+
+def _size(value: Any) -> int:
+    return len(json.dumps(value))
 
 
 def pack(value: Any) -> str:
@@ -97,7 +104,7 @@ class _Reader:
     def blocks(self, run: Run, texts: dict[Row, Text], shown: Shown) -> tuple[dict[str, Any], dict[str, str]]:
         """What the page says of a run's texts, and the blocks that this needs."""
         new: dict[str, str] = {}
-        questions, tags = _without_tags([text.prompt for text in texts.values()])
+        questions, tags = without_tags([text.prompt for text in texts.values()])
         rows, truths = list(texts), [text.truth for text in texts.values()]
         content = json.dumps([rows, questions, truths])
         if content not in self.sets:
@@ -108,7 +115,7 @@ class _Reader:
         known: dict[str, Any] = {"set": i, "tags": tags}
         known["after"] = self._put([text.generation for text in texts.values()], new)
         for role, log in (("before", self._start(run)), ("retain", run.retain)):
-            if log is not None and log != run.log and (given := self._of_other(i, questions, rows, log)):
+            if log is not None and (given := self._of_other(i, questions, rows, log)):
                 known[role] = self._put(given, new)
                 known[f"{role}_of"] = self.names.get(log.resolve(), str(log))
         return known, new
@@ -138,7 +145,7 @@ class _Reader:
             texts = self.references[log]
             self.aligned[i, log] = None
             if not isinstance(texts, str):
-                theirs, _ = _without_tags([text.prompt for text in texts.values()])
+                theirs, _ = without_tags([text.prompt for text in texts.values()])
                 asked = dict(zip(texts, theirs, strict=True))
                 given = [
                     texts[row].generation if row in asked and _alike(asked[row], question) else None
@@ -160,7 +167,7 @@ def _texts(log: Mapping[str, Any]) -> dict[Row, Text]:
     return found
 
 
-def _without_tags(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+def without_tags(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     """The questions, and what every prompt begins and ends with: the tags of a chat, whole words only."""
     if len(prompts) < TAGGED:
         return list(prompts), ["", ""]

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 PAGE, LIMIT = "index.html", 60_000_000  # bytes
 FEW = 40  # different values of a key from which on its filter is no list to choose from
-FORGOTTEN = ("run", "state", "step", "evaluated")  # columns that are no keys
 
 
 def write(out: Path, cfg: Mapping[str, Any], found: Collected, metrics: Mapping[str, Sequence[str]]) -> None:
@@ -35,16 +34,23 @@ def write(out: Path, cfg: Mapping[str, Any], found: Collected, metrics: Mapping[
         out: the folder.
         cfg: `schema.Report`; links go from its `save_dir` to the files of the results.
         metrics: table -> its metrics, of `grouping.metrics_of`.
+
+    Raises:
+        BadInput: it would be larger without any generation.
     """
-    frame = _data(found, metrics, Path(cfg["save_dir"]))
-    libraries = _libraries()
-    room = LIMIT - len(_filled(found, frame, libraries, generations.Shown()).encode()) - 400 * len(found.runs)
-    texts = generations.collect(found, room)
+    data, libraries = to_json(_data(found, metrics, Path(cfg["save_dir"]))), _libraries()
+    empty = len(_filled(found, data, libraries, generations.Shown()).encode())
+    texts = generations.collect(found, LIMIT - empty)
     if texts.left_out:
-        log.warning(
-            "%s: the generations of %d runs are left out, %d MB is its limit", PAGE, len(texts.left_out), LIMIT // 10**6
+        n = len(texts.left_out)
+        log.warning("%s: the generations of %d runs are left out, %d MB is its limit", PAGE, n, LIMIT // 10**6)
+    page = _filled(found, data, libraries, texts)
+    if (size := len(page.encode())) > LIMIT:
+        raise utils.BadInput(
+            f"format=html: {PAGE} would have {size // 10**6} MB even without generations, it may have "
+            f"{LIMIT // 10**6}: name fewer results, or leave html out of format"
         )
-    utils.write_text(out / PAGE, _filled(found, frame, libraries, texts))
+    utils.write_text(out / PAGE, page)
 
 
 def _data(found: Collected, metrics: Mapping[str, Sequence[str]], save_dir: Path) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def _libraries() -> dict[str, str]:
     import itables
     import plotly.offline
 
-    folder = Path(itables.__file__).parent / "html"
+    folder, plotly_js = Path(itables.__file__).parent / "html", plotly.offline.get_plotlyjs()
     module = (folder / "dt_bundle.js").read_text(encoding="utf-8")
     exported = re.search(r"export\s*\{[^}]*?([\w$]+) as jQuery[^}]*\};?", module)
     if exported is None:
@@ -140,13 +146,14 @@ def _libraries() -> dict[str, str]:
     return {
         "datatables": f'(()=>{{"use strict";{module}}})();',
         "datatables_css": (folder / "dt_bundle.css").read_text(encoding="utf-8"),
-        "plotly": plotly.offline.get_plotlyjs(),
+        "plotly": plotly_js,
+        "plotly_block": generations.pack(plotly_js),
         "itables_version": importlib.metadata.version("itables"),
         "plotly_version": importlib.metadata.version("plotly"),
     }
 
 
-def _filled(found: Collected, frame: Mapping[str, Any], libraries: Mapping[str, str], texts: generations.Shown) -> str:
+def _filled(found: Collected, data: str, libraries: Mapping[str, str], texts: generations.Shown) -> str:
     """The page's text."""
     import jinja2
     from markupsafe import Markup
@@ -156,16 +163,12 @@ def _filled(found: Collected, frame: Mapping[str, Any], libraries: Mapping[str, 
     scripts = {name: _script(own[f"{name}.js"]) for name in ("page", "theme")}
     scripts["datatables"] = _script(libraries["datatables"])
     hashes = [_hash(text) for text in (*scripts.values(), libraries["plotly"])]
-    data = {**frame, "texts": {"sets": texts.sets, "of": texts.of_run}}
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    final = found.final()
     return environment.from_string((folder / "index.html.j2").read_text(encoding="utf-8")).render(
         found=found,
         models=len({run.of for run in found.runs}),
-        final=len(final),
-        methods=sorted({str(run.keys.get(grouping.METHOD)) for run in found.runs}, key=grouping.order),
         collapsed=[run for run in found.runs if run.collapsed],
         said=[(run.name, one) for run in found.runs for one in run.said],
         left_out=texts.left_out,
@@ -173,8 +176,8 @@ def _filled(found: Collected, frame: Mapping[str, Any], libraries: Mapping[str, 
         policy=" ".join(f"'{one}'" for one in hashes),
         style=Markup(libraries["datatables_css"] + own["page.css"]),
         scripts={name: Markup(text) for name, text in scripts.items()},
-        plotly=generations.pack(libraries["plotly"]),
-        data=Markup(to_json(data)),
+        data=Markup(data),
+        texts=Markup(to_json({"sets": texts.sets, "of": texts.of_run})),
         blocks=texts.blocks,
         libraries=libraries,
     )

@@ -4,6 +4,7 @@
 (() => {
 const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
+const texts = JSON.parse(byId("texts-of").textContent); // which run has which blocks
 const runs = data.runs;
 const MOST = 2000; // rows in the list of the browser at a time
 const parsed = new Promise((done) => {
@@ -99,7 +100,7 @@ function columnOf(column) {
   const numeric = column.kind !== "run" && column.kind !== "text" && isNumeric(column);
   const filter = column.few && !numeric ? [{ extend: "dropdown", text: `Values of ${column.name}`, icon: "search", content: ["searchList"] }] : [];
   return {
-    name: column.name, title: escaped(column.title ?? column.name), visible: column.shown,
+    name: column.name, title: escaped(column.title ?? column.name),
     type: numeric ? "num" : "string", className: numeric ? "dt-right" : "dt-left",
     data: (run, type) => {
       if (type === "display") return cellOf(run, column);
@@ -109,68 +110,102 @@ function columnOf(column) {
     columnControl: [{ target: 0, content: filter }, { target: 1, content: [{ extend: "search", titleAttr: `Filter ${column.name}` }] }],
   };
 }
+// The table has the chosen columns alone: with all of them, a hundred and more, it would be slow. A search finds what
+// is in the others too: EVERYTHING is a column that is never seen.
+const EVERYTHING = "(everything)";
+const usual = data.columns.filter((column) => column.shown).map((column) => column.name);
+let columns = []; // those of the table
+let table = null;
+
 // DataTables' own form of what the link keeps, and back
 function loaded() {
-  const names = data.columns.map((column) => column.name);
-  const shown = new Set(link.columns ?? data.columns.filter((column) => column.shown).map((column) => column.name));
+  const names = columns.map((column) => column.name);
   const plain = { search: "", smart: true, regex: false, caseInsensitive: true };
   return {
     time: Date.now(), start: link.start, length: link.length,
     order: link.sort.filter(([name]) => names.includes(name)).map(([name, way]) => [names.indexOf(name), way]),
     search: { ...plain, search: link.search },
-    columns: names.map((name) => ({ name, visible: shown.has(name), search: plain })),
+    columns: [...names, EVERYTHING].map((name) => ({ name, visible: name !== EVERYTHING, search: plain })),
     columnControl: Object.fromEntries(names.map((name, i) => [i, link.filters[name] ?? {}])),
   };
 }
 function saved(state) {
-  const names = data.columns.map((column) => column.name);
-  const shown = names.filter((name, i) => state.columns[i].visible);
-  const usual = data.columns.filter((column) => column.shown).map((column) => column.name);
   const filters = {};
   for (const [i, one] of Object.entries(state.columnControl ?? {})) {
     const found = {};
     if (one.searchInput && (one.searchInput.value || /empty/i.test(one.searchInput.logic))) found.searchInput = one.searchInput;
     if (one.searchList?.length) found.searchList = one.searchList;
-    if (Object.keys(found).length) filters[names[i]] = found;
+    if (Object.keys(found).length) filters[columns[i].name] = found;
   }
   keep({
-    search: state.search.search, sort: state.order.map(([i, way]) => [names[i], way]), filters,
-    columns: JSON.stringify(shown) === JSON.stringify(usual) ? null : shown, length: state.length, start: state.start,
+    search: state.search.search, sort: state.order.filter(([, way]) => way), filters,
+    length: state.length, start: state.start,
   });
+}
+function build() {
+  if (table) table.destroy();
+  const chosen = new Set(link.columns ?? usual);
+  columns = data.columns.filter((column) => column.kind === "run" || chosen.has(column.name));
+  const everything = (run) => [...data.columns.map((column) => valueOf(run, column) ?? ""), ...run.collapsed, ...run.said].join(" ");
+  const last = { name: EVERYTHING, title: "", visible: false, orderable: false, type: "string", columnControl: [],
+    data: (run, type) => (type === "filter" ? escaped(everything(run)) : "") };
+  const titles = [...columns.map((column) => column.title ?? column.name), ""];
+  byId("table").replaceChildren(make("thead", {}, make("tr", {}, ...titles.map((textContent) => make("th", { scope: "col", textContent })))));
+  table = jQuery("#table").DataTable({
+    data: runs, columns: [...columns.map(columnOf), last], order: [], autoWidth: false, deferRender: true,
+    lengthMenu: [25, 50, 100, { label: "all", value: -1 }],
+    stateSave: true, stateDuration: -1, stateLoadCallback: loaded, stateSaveCallback: (_, state) => saved(state),
+    createdRow: (row, run) => row.classList.toggle("collapsed", run.collapsed.length > 0),
+    layout: {
+      topStart: { buttons: [
+        { text: "Columns", action: () => byId("columns").showModal() },
+        { text: "Copy link", action: copyLink },
+        { text: "Reset", action: () => { history.replaceState(null, "", location.pathname + location.search); location.reload(); } },
+      ] },
+      topEnd: { search: { placeholder: "Search ( / )" } },
+      bottomStart: ["info", "pageLength"], bottomEnd: "paging",
+    },
+    language: {
+      search: "", lengthMenu: "_MENU_ runs a page", info: "_START_ to _END_ of _TOTAL_ runs", infoEmpty: "no run",
+      infoFiltered: "(of _MAX_)", zeroRecords: "No run matches: clear the search and the filters",
+    },
+  });
+  document.querySelector(".dt-search input").setAttribute("aria-label", "Search all runs");
 }
 jQuery.fn.dataTable.ext.errMode = "throw";
-byId("table").append(make("thead", {}, make("tr", {}, ...data.columns.map((column) => // with it DataTables' head is the first row
-  make("th", { scope: "col", textContent: column.title ?? column.name })))));
-const table = jQuery("#table").DataTable({
-  data: runs, columns: data.columns.map(columnOf), order: [], autoWidth: false, deferRender: true,
-  lengthMenu: [25, 50, 100, { label: "all", value: -1 }],
-  stateSave: true, stateDuration: -1, stateLoadCallback: loaded, stateSaveCallback: (_, state) => saved(state),
-  createdRow: (row, run) => row.classList.toggle("collapsed", run.collapsed.length > 0),
-  layout: {
-    topStart: { buttons: [
-      { extend: "colvis", text: "Columns", columns: data.columns.map((_, i) => i).slice(1), collectionLayout: "columns" },
-      { extend: "collection", text: "Column sets", buttons: Object.keys(data.sets).map((name) => ({
-        text: escaped(name), action: () => chooseSet(name),
-      })) },
-      { text: "Copy link", action: copyLink },
-      { text: "Reset", action: () => { history.replaceState(null, "", location.pathname + location.search); location.reload(); } },
-    ] },
-    topEnd: { search: { placeholder: "Search ( / )" } },
-    bottomStart: ["info", "pageLength"], bottomEnd: "paging",
-  },
-  language: {
-    search: "", lengthMenu: "_MENU_ runs a page", info: "_START_ to _END_ of _TOTAL_ runs", infoEmpty: "no run",
-    infoFiltered: "(of _MAX_)", zeroRecords: "No run matches: clear the search and the filters",
-  },
-});
-document.querySelector(".dt-search input").setAttribute("aria-label", "Search all runs");
-function chooseSet(name) {
-  const chosen = new Set(data.sets[name]);
-  data.columns.forEach((column, i) => {
-    if (column.kind === "metric") table.column(i).visible(chosen.has(column.name), false);
+build();
+
+// ---- the choice of columns ----
+function boxesOf(title, names) {
+  const shown = new Set(link.columns ?? usual);
+  const boxes = names.map((name) => make("input", { type: "checkbox", value: name, checked: shown.has(name) }));
+  const all = (checked) => make("button", {
+    type: "button", textContent: checked ? "all" : "none", onclick: () => boxes.forEach((box) => { box.checked = checked; }),
   });
-  table.state.save();
+  return make("fieldset", {}, make("legend", {}, title, " ", all(true), " ", all(false)),
+    ...boxes.map((box) => make("label", {}, box, ` ${box.value}`)));
 }
+function showBoxes() {
+  const left = new Set(data.columns.slice(1).map((column) => column.name));
+  const take = (names) => names.filter((name) => left.delete(name));
+  const settings = take(data.columns.filter((column) => column.kind !== "metric").map((column) => column.name));
+  const sets = Object.entries(data.sets).map(([title, names]) => [title, take(names)]);
+  byId("boxes").replaceChildren(...[["Settings", settings], ...sets, ["Other metrics", [...left]]]
+    .filter(([, names]) => names.length).map(([title, names]) => boxesOf(title, names)));
+}
+byId("usual").addEventListener("click", () => {
+  for (const box of byId("boxes").querySelectorAll("input")) box.checked = usual.includes(box.value);
+});
+byId("columns-close").addEventListener("click", () => byId("columns").close());
+byId("columns").addEventListener("close", () => {
+  const chosen = new Set([...byId("boxes").querySelectorAll("input:checked")].map((box) => box.value));
+  const names = data.columns.map((column) => column.name).filter((name) => name === "run" || chosen.has(name));
+  if (JSON.stringify(names) === JSON.stringify(columns.map((column) => column.name))) return;
+  keep({ columns: JSON.stringify(names) === JSON.stringify(usual) ? null : names });
+  build();
+});
+showBoxes();
+
 async function copyLink(event, api, button) {
   const label = button[0].querySelector("span") ?? button[0];
   try { await navigator.clipboard.writeText(location.href); label.textContent = "Copied"; } catch { label.textContent = "Copy it from the address bar"; }
@@ -194,8 +229,8 @@ let turn = 0; // of openings: a slow one does not come over a later one
 for (const [role, name] of Object.entries(ROLES)) byId("against").append(make("option", { value: role, textContent: name }));
 
 async function load(i) {
-  const known = data.texts.of[runs[i].name];
-  const set = data.texts.sets[known.set];
+  const known = texts.of[runs[i].name];
+  const set = texts.sets[known.set];
   const ids = { question: set.question, truth: set.truth, before: known.before, after: known.after, retain: known.retain };
   const found = { rows: set.rows };
   await Promise.all(Object.entries(ids).map(async ([role, id]) => { if (id) found[role] = await unpack(id); }));
@@ -204,7 +239,7 @@ async function load(i) {
 async function openRun(i, wanted = null) {
   const mine = ++turn;
   const run = runs[i];
-  let why = data.texts.of[run.name]?.why ?? null;
+  let why = texts.of[run.name]?.why ?? null;
   if (!why && !opened.has(i)) {
     try { opened.set(i, await load(i)); } catch (error) { why = error.message; }
   }
@@ -247,10 +282,10 @@ function list(row = null) {
   byId("set").value = set;
   hits = [];
   for (const i of wanted ? opened.keys() : opened.has(current) ? [current] : []) {
-    const texts = opened.get(i);
-    texts.rows.forEach(([name], k) => {
+    const one = opened.get(i);
+    one.rows.forEach(([name], k) => {
       if (set && name !== set) return;
-      const all = ["question", ...Object.keys(ROLES)].map((role) => texts[role]?.[k] ?? "");
+      const all = ["question", ...Object.keys(ROLES)].map((role) => one[role]?.[k] ?? "");
       if (!wanted || all.some((text) => text.toLowerCase().includes(wanted))) hits.push([i, k]);
     });
   }
@@ -259,8 +294,8 @@ function list(row = null) {
     + (hits.length > MOST ? `, the first ${MOST} are listed` : "");
   let heading = null;
   byId("rows").replaceChildren(...shown.flatMap(([i, k], n) => {
-    const texts = opened.get(i);
-    const line = make("li", { id: `row-${n}` }, make("b", { textContent: texts.rows[k].join(" ") }), ` ${texts.question[k]}`);
+    const one = opened.get(i);
+    const line = make("li", { id: `row-${n}` }, make("b", { textContent: one.rows[k].join(" ") }), ` ${one.question[k]}`);
     line.setAttribute("role", "option");
     if (!wanted || heading === i) return [line];
     heading = i;
@@ -291,24 +326,24 @@ function choose(n) {
 }
 function showTexts() {
   const [i, k] = hits[chosen];
-  const texts = opened.get(i);
-  const known = data.texts.of[runs[i].name];
-  const [set, key] = texts.rows[k];
+  const shown = opened.get(i);
+  const known = texts.of[runs[i].name];
+  const [set, key] = shown.rows[k];
   const against = byId("against").value;
-  const reference = texts[against]?.[k] ?? null;
+  const reference = shown[against]?.[k] ?? null;
   const cards = Object.entries(ROLES).map(([role, name]) => {
-    const source = { truth: `${set} ${key}`, after: runs[i].name }[role] ?? known[`${role}_of`] ?? "";
-    return card(role, name, source, texts[role]?.[k] ?? null, role === against ? null : reference);
+    const source = role === "after" ? runs[i].name : known[`${role}_of`] ?? "";
+    return card(role, name, source, shown[role]?.[k] ?? null, role === against ? null : reference);
   });
   byId("texts").replaceChildren(
     make("h3", { textContent: `${set} ${key}` }),
-    make("p", { className: "question", textContent: texts.question[k], title: known.tags.filter(Boolean).length ? `in the prompt's tags: ${known.tags.join(" … ")}` : "" }),
+    make("p", { className: "question", textContent: shown.question[k], title: known.tags.filter(Boolean).length ? `in the prompt's tags: ${known.tags.join(" … ")}` : "" }),
     make("div", { className: "cards" }, ...cards),
   );
 }
 function card(role, name, source, text, reference) {
   const body = make("p", { className: "text" });
-  if (text === null) body.append(make("i", { textContent: source ? "It has no generation of this row." : "No log of it is known." }));
+  if (text === null) body.append(make("i", { textContent: source || role === "truth" ? "It has none of this row." : "No log of it is known." }));
   else if (!text) body.append(make("i", { textContent: "(empty)" }));
   else body.append(...marked(reference, text).map(([differs, part]) => (differs ? make("mark", { textContent: part }) : part)));
   const title = make("h4", { textContent: name });
@@ -349,11 +384,16 @@ function marked(reference, text) {
     if (found.length && found.at(-1)[0] === differs) found.at(-1)[1] += part;
     else found.push([differs, part]);
   }
-  return found.flatMap(([differs, part], n) => // a blank between two marked words is marked with them
-    (!differs && n && n + 1 < found.length && !part.trim() ? [[true, part]] : [[differs, part]]));
+  const joined = [];
+  found.forEach(([differs, part], n) => { // a blank between two marked words is marked with them
+    const between = !differs && n > 0 && n + 1 < found.length && !part.trim();
+    if (joined.length && joined.at(-1)[0] === (differs || between)) joined.at(-1)[1] += part;
+    else joined.push([differs || between, part]);
+  });
+  return joined;
 }
 function nextRun(step) {
-  const order = table.rows({ search: "applied", order: "applied" }).indexes().toArray().filter((i) => i === current || !data.texts.of[runs[i].name]?.why);
+  const order = table.rows({ search: "applied", order: "applied" }).indexes().toArray().filter((i) => i === current || !texts.of[runs[i].name]?.why);
   if (!order.length) return;
   openRun(order[(order.indexOf(current) + step + order.length) % order.length]);
 }
@@ -368,11 +408,12 @@ byId("set").addEventListener("change", () => list(chosen >= 0 ? rowOf(hits[chose
 byId("against").addEventListener("change", () => { if (chosen >= 0) showTexts(); });
 byId("previous").addEventListener("click", () => nextRun(-1));
 byId("next").addEventListener("click", () => nextRun(1));
-byId("close").addEventListener("click", () => dialog.close());
+byId("close").addEventListener("click", () => { turn++; dialog.close(); });
 byId("keys-close").addEventListener("click", () => byId("keys").close());
 byId("help").addEventListener("click", () => byId("keys").showModal());
 byId("theme").addEventListener("click", () => switchTheme());
-dialog.addEventListener("close", () => { turn++; keep({ run: null, row: null }); });
+dialog.addEventListener("cancel", () => { turn++; });
+dialog.addEventListener("close", () => { if (!dialog.open) keep({ run: null, row: null }); }); // it comes late: another may be open
 
 // ---- keys ----
 function nextButton(step) {
@@ -381,7 +422,7 @@ function nextButton(step) {
   buttons[at < 0 ? 0 : Math.min(buttons.length - 1, Math.max(0, at + step))]?.focus();
 }
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || byId("keys").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || byId("keys").open || byId("columns").open) return;
   const inside = dialog.open;
   const typing = event.target.matches("input, select, textarea");
   const arrows = inside ? !typing || event.target === byId("find") : event.target.matches("button.open");
@@ -416,10 +457,10 @@ function about(i) {
 }
 function traceOf(trace, layout) {
   const axis = (name) => layout[name]?.title?.text;
-  const x = trace.type === "bar" ? "%{x}" : `${axis("xaxis") ?? "x"}: %{x}<br>${trace.choice ? escaped(trace.choice) : axis("yaxis") ?? ""}`;
+  const x = trace.type === "bar" ? "%{x}" : `${axis("xaxis") ?? "x"}: %{x:.4~g}<br>${trace.choice ? escaped(trace.choice) : axis("yaxis") ?? ""}`;
   return {
     ...inTheme(trace), name: escaped(trace.name), text: (trace.customdata ?? []).map(about), textposition: "none",
-    hovertemplate: `%{text}<br>${x}: %{y:.4g}<extra></extra>`,
+    hovertemplate: `%{text}<br>${x}: %{y:.4~g}<extra></extra>`,
   };
 }
 function layoutOf(figure, choice, width) {
@@ -432,13 +473,15 @@ function layoutOf(figure, choice, width) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 8, b: 48 }, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", height: width < 480 ? 420 : 400,
     xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis, ...y },
   };
 }
-const SETUP = { responsive: true, displayModeBar: matchMedia("(pointer: coarse)").matches ? false : "hover", displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" } };
+const SETUP = { responsive: true, displayModeBar: matchMedia("(pointer: coarse)").matches ? false : "hover", displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], toImageButtonOptions: { format: "svg" } };
 function figureOf(figure) {
   const place = make("div", { className: "plot" });
+  place.dataset.name = figure.name;
   const select = make("select", {}, ...(figure.choices ?? []).map((name) => make("option", { value: name, textContent: name })));
   const caption = make("figcaption", { textContent: figure.title });
   if (figure.choices) caption.append(make("label", {}, "Metric ", select));
@@ -448,7 +491,7 @@ function figureOf(figure) {
     const data = figure.data.filter((trace) => !choice || trace.choice === choice).map((trace) => traceOf(trace, figure.layout));
     await library.react(place, data, layoutOf(figure, choice, place.clientWidth), SETUP);
     if (place.dataset.drawn) return;
-    place.dataset.drawn = figure.name;
+    place.dataset.drawn = "true";
     place.on("plotly_click", (event) => { const i = event.points[0].customdata; if (i >= 0) openRun(i); });
     drawn.add(draw);
   };
@@ -480,4 +523,5 @@ if (link.run !== null) {
   if (i >= 0) openRun(i, link.row);
 }
 document.documentElement.dataset.ready = "true";
+performance.mark("ready");
 })();
