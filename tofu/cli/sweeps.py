@@ -72,13 +72,36 @@ def spread(argv: list[str], kind: type | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def folder() -> Iterator[str]:
-    """A folder for what the processes of one sweep tell each other; it goes with the sweep."""
+def folder(argv: Sequence[str]) -> Iterator[str]:
+    """A folder for what the processes of one sweep tell each other; it goes with the sweep.
+
+    Each sweep has its own. Where `hydra.sweep.dir=FOLDER` names one that all hosts see, it lies in there.
+
+    Raises:
+        BadInput: nothing can be written there.
+    """
     if POOL in os.environ:
         yield os.environ[POOL].partition(":")[2]
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            yield scratch
+        return
+    named = [one.partition("=")[2].strip("'\"") for one in argv if one.startswith("hydra.sweep.dir=")]
+    place, made = None, False
+    if named and MULTIRUN & {*argv}:
+        whole = "$" not in named[-1]  # else it has a folder for each sweep, ${now:%H-%M}, which Hydra makes
+        place = Path(named[-1] if whole else named[-1].partition("$")[0].rpartition("/")[0] or ".").absolute()
+        made = not place.exists()
+    try:
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=place, prefix="outcomes-")
+    except OSError as error:
+        raise BadInput(f"hydra.sweep.dir={place} cannot be written ({error.strerror}): name another folder") from None
+    try:
+        with scratch as path:
+            yield path
+    finally:
+        if made:  # of a sweep that is refused nothing stays
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def _drawn(overrides: Sequence[str]) -> bool:
