@@ -137,7 +137,7 @@ class Jobs:
         """
         hydra, began = HydraConfig.get(), time.monotonic()
         number, overrides = int(hydra.job.num), list(hydra.overrides.task)
-        told = sweeps.plain(" ".join(one for one in overrides if one.split("=")[0] not in self.given))
+        told = sweeps.plain(" ".join(one for one in overrides if one.split("=")[0].lstrip("+~") not in self.given))
         planned = self.plan[number : number + 1]
         ended, failure = sweeps.Outcome(number, overrides, sweeps.DONE), None
         known = bool(planned) and planned[0].state == sweeps.COMPLETE
