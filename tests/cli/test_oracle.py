@@ -130,8 +130,8 @@ def test_another_recipe_is_told(here, caplog):
 SAVES = """
 import pathlib, signal, sys, time
 sys.path.insert(0, {repo!r})
-from tofu.runtime import signals
-signals.end_with_parent()
+from tofu.runtime import parent, signals
+parent.end_with_parent()
 with signals.handled():
     pathlib.Path({folder!r}, 'begun').touch()
     while not signals.requested():

@@ -15,8 +15,8 @@ from tofu.cli import pool, sweeps
 
 JOB = """
 import os, pathlib, signal, sys, time
-from tofu.runtime import signals
-signals.end_with_parent()
+from tofu.runtime import parent, signals
+parent.end_with_parent()
 with signals.handled():
     pathlib.Path(sys.argv[1] + '.begun').touch()
     while not signals.requested():

@@ -21,7 +21,7 @@ from tofu.cli import repeat, sweeps
 from tofu.cli.checks import CHECKS, told
 from tofu.cli.jobs import BesideBars, Jobs, stop
 from tofu.cli.schema import CONFIG_DIR, Forget
-from tofu.runtime import ranks, signals
+from tofu.runtime import parent, ranks
 from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def main() -> Any:
-            signals.end_with_parent()
+            parent.end_with_parent()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             kind, held, jobs = _kind(config_name), io.StringIO(), Jobs(task, after, sys.argv, _log)
             try:
@@ -243,10 +243,12 @@ def _explain(error: Exception, name: str, args: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         option = option.removesuffix(".yaml")
+        if said := sweeps.missing(group, option):
+            return said
         longer = option.replace("_gd", "_grad_diff").replace("_kl", "_KL")
         if longer in _options(group):
             return f"{group}={option} is unknown (did you mean {longer}?): it may be {', '.join(_options(group))}"
-        return unknown(group or "--config-name", option, _options(group))
+        return unknown(group or "--config-name", option, _options(group) or sweeps.PLUGINS.get(group, ()))
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         if re.search(r"[~=()]", value) and '"' not in value:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 import utils
 from tofu.cli import repeat
 from tofu.cli.schema import Finetune
-from tofu.runtime import provenance, ranks, signals
+from tofu.runtime import parent, provenance, ranks, signals
 from tofu.runtime.provenance import CONFIG, FINISHED
 from utils import BadInput, choice
 
@@ -194,7 +194,7 @@ def _script(name: str, *overrides: str) -> None:
             raise BadInput("oracle=make runs on one host: make the retain result first, on all of them")
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {key: value for key, value in os.environ.items() if not OF_A_LAUNCH.match(key)}
-    environment[signals.PARENT] = str(os.getpid())
+    environment[parent.PARENT] = str(os.getpid())
     words, asked = [*start, str(utils.REPO / name), "-m", *overrides], None
     child = subprocess.Popen(words, env=environment, start_new_session=True)  # Ctrl-C comes to us alone
     try:

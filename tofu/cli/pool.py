@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
 from tofu.cli import jobs, sweeps
-from tofu.runtime import signals
+from tofu.runtime import parent, signals
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class Pool:
 
         It says so into a file: a pipe that closes when we are killed would end it before it has saved.
         """
-        environment = {**os.environ, sweeps.POOL: f"{number}:{self.scratch}", signals.PARENT: str(os.getpid())}
+        environment = {**os.environ, sweeps.POOL: f"{number}:{self.scratch}", parent.PARENT: str(os.getpid())}
         if card is not None:
             environment[VISIBLE] = card
         environment.setdefault(THREADS, str(max(1, len(os.sched_getaffinity(0)) // self.at_once)))

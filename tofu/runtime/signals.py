@@ -6,8 +6,6 @@ Importing it loads no torch: the command line asks for it before anything heavy 
 import contextlib
 import os
 import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")  # a scheduler's end, SLURM's warning before it, Ctrl-C
 CODE = 75  # EX_TEMPFAIL: the same command may be run again, and goes on
 AGAIN = "run the same command again to continue"
-PARENT = "TOFU_PARENT"  # set for a process that ends with another one: that one's number
 INTERRUPTED = "interrupted.json"  # in the folder of a run that was interrupted, until it goes on
 
 _flag: str | None = None
@@ -93,29 +90,3 @@ def look() -> None:
     """Raise Flagged if this process is asked to stop: only between two meetings of the ranks."""
     if _flag is not None:
         raise Flagged(_flag)
-
-
-def end_with_parent() -> None:
-    """End this process, as by SIGTERM, when the one that PARENT names is gone: nobody would ask for the result.
-
-    Between the two may be a launcher, so that it need not be the one that started this process.
-    """
-    if not (parent := os.environ.pop(PARENT, "")):
-        return
-
-    def watch() -> None:
-        while _alive(int(parent)):
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _alive(number: int) -> bool:
-    """Whether a process of ours is there; one that is dead may still be listed, until its own parent asks for it."""
-    try:
-        os.kill(number, 0)
-        stat = Path(f"/proc/{number}/stat")
-        return not stat.is_file() or stat.read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
