@@ -93,11 +93,11 @@ def folder(argv: Sequence[str]) -> Iterator[str]:
         yield os.environ[POOL].partition(":")[2]
         return
     named = [one.partition("=")[2].strip("'\"") for one in argv if one.startswith("hydra.sweep.dir=")]
-    place, made = None, False
+    place, new = None, None
     if named and MULTIRUN & {*argv}:
         whole = "$" not in named[-1]  # else it has a folder for each sweep, ${now:%H-%M}, which Hydra makes
         place = Path(named[-1] if whole else named[-1].partition("$")[0].rpartition("/")[0] or ".").absolute()
-        made = not place.exists()
+        new = place if not place.exists() else None
     try:
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
@@ -108,9 +108,9 @@ def folder(argv: Sequence[str]) -> Iterator[str]:
         with scratch as path:
             yield path
     finally:
-        if made:  # of a sweep that is refused nothing stays
+        if new is not None:  # of a sweep that is refused nothing stays
             with contextlib.suppress(OSError):
-                place.rmdir()
+                new.rmdir()
 
 
 def _drawn(overrides: Sequence[str]) -> bool:
