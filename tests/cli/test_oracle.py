@@ -233,7 +233,7 @@ def test_stopped_while_it_is_made(launch, model_folder, here):
     (here / "data").mkdir()
     (here / "data" / "tiny").symlink_to(model_folder)
     common = ("model_family=tiny", f"data_path={MINI}", "progress=false")
-    recipe = ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=30", "lr=1e-5", "save_dir=r/full")
+    recipe = ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=5", "lr=1e-5", "save_dir=r/full")
     launch("finetune.py", *common, "split=full", *recipe, cwd=here)
     args = (*common, "model_path=r/full", "split=forget10", "ds_size=3", "generation.max_new_tokens=3")
     args += ("retain_result=auto", "oracle=make")
