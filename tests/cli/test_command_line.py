@@ -26,6 +26,7 @@ class TestEntry:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(command_line, "_log", lambda: None)  # it would replace pytest's handlers
         monkeypatch.setattr(jobs_module, "PATIENCE", 0)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # these jobs load no model
         monkeypatch.setattr(logging.root, "level", logging.WARNING)  # whatever a script run before has left
 
         def run(*args: str, job=None, name: str = "forget"):

@@ -1,13 +1,16 @@
 """from=RUN: a run repeated from its record."""
 
 import json
+import shutil
 
 import pytest
-from helpers import MINI
+from helpers import MINI, checked
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tofu.cli import repeat
 from tofu.runtime import machine, provenance
+from utils import BadInput
 
 SMALL = (f"data_path={MINI}", "batch_size=8", "gradient_accumulation_steps=1", "progress=false")
 
@@ -133,9 +136,86 @@ def test_refused(run_script, tmp_path, monkeypatch, capsys, name, args, said):
     assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("value", ["it's", "a\\", "a\\'b", "x\ny", "1e-5", 1e-05, None, True, ["a", "b,c"]])
+@pytest.mark.parametrize(
+    "value", ["it's", "a\\", "a\\'b", "x\ny", "1e-5", 1e-05, None, True, ["a", "b,c"], {"f1": "a,b", "c d": 2}]
+)
 def test_values_come_through_hydras_grammar(value):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     (override,) = OverridesParser.create().parse_overrides([f"key={repeat.quoted(value)}"])
     assert override.value() == value
+
+
+FORGET = ("model_family=tiny", "model_path=owner/model", f"data_path={MINI}", "split=forget05")
+
+
+def record(folder, *overrides, command=(), config="forget", **other):
+    """A run's folder as it is recorded, with other values where its maker has changed them."""
+    made = OmegaConf.create(OmegaConf.to_container(checked(config, *overrides, f"save_dir={folder}")))
+    for key, value in other.items():
+        OmegaConf.update(made, key.replace("__", "."), value, force_add=True)
+    folder.mkdir()
+    OmegaConf.save(made, folder / "config.yaml")
+    about = {"command": [f"{config}.py", *command], "directory": str(folder.parent)}
+    (folder / "versions.json").write_text(json.dumps(about))
+    return made
+
+
+def again(folder, *overrides):
+    """The overrides that from=folder stands for, in Python's values."""
+    args, _ = repeat.expanded(["forget.py", f"from={folder}", "save_dir=again", *overrides], "forget", "forget")
+    return {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(args[1:])}, args[1:]
+
+
+def test_no_record_asks_for_code_of_others(tmp_path):
+    """allow_pickle and a class that is imported are the command line's alone."""
+    record(tmp_path / "pickle", *FORGET, allow_pickle=True, eval__allow_pickle=True)
+    assert not {"allow_pickle", "eval.allow_pickle"} & again(tmp_path / "pickle")[0].keys()
+    record(tmp_path / "class", *FORGET, forget_loss__class="evil.Mine")
+    with pytest.raises(BadInput, match=r"evil.Mine, is none of this suite's.* it, \+\+forget_loss.class=evil"):
+        again(tmp_path / "class")
+    found, _ = again(tmp_path / "class", "++forget_loss.class=nowhere.Mine")
+    assert found["forget_loss.class"] == "nowhere.Mine"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        ("forget_loss=rmu", "forget_loss.name=mine", "forget_loss.depth=0.25"),
+        pytest.param(
+            ("forget_loss=npo", "forget_loss.name=grad_ascent", "forget_loss.forget_args.beta=0.3"),
+            marks=pytest.mark.slow,
+        ),
+        ("forget_loss=npo", "forget_loss.forget=grad_ascent", "~forget_loss.forget_args.beta"),
+    ],
+)
+def test_a_method_by_another_name_than_its_files(tmp_path, made):
+    """The recorded keys make the method, whatever its name and wherever its file is."""
+    known = record(tmp_path / "run", *FORGET, *made)
+    found = checked("forget", *again(tmp_path / "run")[1])
+    assert found.forget_loss == known.forget_loss and (found.lr, found.num_epochs) == (known.lr, known.num_epochs)
+
+
+def test_a_retain_result_that_was_found_is_looked_for_again(tmp_path):
+    """Not the log of another split: auto is asked again, also of a repeated run, and so is a path for each split."""
+
+    def leave(name, *command, **other):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        made = OmegaConf.merge(
+            OmegaConf.load(tmp_path / "run" / "config.yaml"), {"eval": {"retain_result": "x", **other}}
+        )
+        OmegaConf.save(made, tmp_path / name / "config.yaml")
+        about = {"command": ["forget.py", *command], "directory": str(tmp_path)}
+        (tmp_path / name / "versions.json").write_text(json.dumps(about))
+
+    def of(name, *overrides):
+        found, _ = again(tmp_path / name, "split=forget10", *overrides)
+        return found["eval.retain_result"], found["eval.oracle"]
+
+    record(tmp_path / "run", *FORGET)
+    leave("found", "-m", "eval.retain_result=auto", "lr=1,2")
+    leave("repeats", "from=found", "save_dir=repeats")
+    leave("made", oracle="make")
+    leave("split", "eval.retain_result={forget05: x, forget10: 'run/y'}")
+    leave("named", "eval.retain_result=x")
+    assert of("repeats") == ("auto", None) and of("made") == ("auto", "make")
+    assert of("made", "eval.retain_result=z") == ("z", None) and of("named") == ("x", None)
+    assert of("split") == ({"forget05": "x", "forget10": "run/y"}, None)

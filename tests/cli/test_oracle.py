@@ -1,11 +1,19 @@
 """The retain result of an evaluation's split: named, found where it lies, or made."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import pytest
-from helpers import MINI
+from helpers import MINI, REPO
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tofu.cli import oracle
+from tofu.runtime import signals
 from utils import BadInput
 
 LOG = oracle.LOG
@@ -93,10 +101,83 @@ def test_found_by_finetunes_own_name_and_for_a_hub_model(here):
 
 def test_where_it_will_be_made(here):
     run(here / "r" / "full", split="full")
-    assert oracle.resolve(asked(oracle="make")) == f"r/retain90/eval_forget10/{LOG}"
+    assert oracle.resolve(asked(oracle="make")) == f"r/retain90/eval_forget10_ds_size5_max_length200/{LOG}"
     with pytest.raises(BadInput, match="owner/model does not say how it was finetuned"):
         oracle.resolve(asked(oracle="make", model_path="owner/model"))
     assert not (here / "r" / "retain90").exists()
+
+
+def test_an_evaluation_with_other_settings_is_no_match(here):
+    """Neither of the name that is chosen here nor of an older one: the one to be made gets a folder of its own."""
+    run(here / "r" / "full", split="full")
+    evaluation(here / "r" / "retain90" / "eval_forget10", ds_size=300)
+    names = {oracle.resolve(asked(oracle="make", ds_size=size)) for size in (5, 6, None)}
+    names |= {oracle.resolve(asked(oracle="make", generation={"max_length": n})) for n in (80, 140)}
+    assert len(names) == 5 and not any((here / name).exists() for name in names)
+    assert oracle.resolve(asked(oracle="make", ds_size=300)) == f"r/retain90/eval_forget10/{LOG}"
+
+
+def test_another_recipe_is_told(here, caplog):
+    recipe = {"lr": 0.009, "seed": 1, "LoRA": {"r": 2}, "progress": True}
+    run(here / "r" / "full", split="full", **recipe)
+    run(here / "r" / "retain90", split="retain90", **{**recipe, "lr": 0.001, "LoRA": {"r": 4}, "progress": False})
+    evaluation(here / "r" / "retain90" / "eval_forget10")
+    assert oracle.resolve(asked())
+    said = "r/retain90 was finetuned otherwise: lr=0.001 (r/full: 0.009), LoRA.r=4 (r/full: 2)"
+    assert [one.getMessage() for one in caplog.records] == [f"retain_result=auto: {said}"]
+
+
+SAVES = """
+import pathlib, signal, sys, time
+sys.path.insert(0, {repo!r})
+from tofu.runtime import parent, signals
+parent.end_with_parent()
+with signals.handled():
+    pathlib.Path({folder!r}, 'begun').touch()
+    while not signals.requested():
+        time.sleep(0.02)
+    pathlib.Path({folder!r}, 'saved').write_text(signals.requested())
+sys.exit(75)
+"""
+STARTS = "import sys; sys.path.insert(0, {repo!r}); from tofu.cli import oracle; oracle._script({script!r})"
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_signal_is_passed_on_and_a_kill_ends_the_script(here):
+    words = {"repo": str(REPO), "folder": str(here), "script": str(here / "saves.py")}
+    (here / "saves.py").write_text(SAVES.format(**words))
+
+    def send():
+        until((here / "begun").is_file)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=send).start()
+    with (
+        signals.handled(),
+        pytest.raises(signals.Interrupted, match="by SIGUSR1: what .*saves.py has saved"),
+    ):
+        oracle._script(str(here / "saves.py"))
+    assert (here / "saved").read_text() == "SIGUSR1"
+    (here / "begun").unlink()
+    process = subprocess.Popen([sys.executable, "-c", STARTS.format(**words)])
+    until((here / "begun").is_file)
+    process.kill()
+    process.wait()
+    until(lambda: (here / "saved").read_text() == "SIGTERM")
+
+
+def test_who_waits_for_another_job_can_be_stopped(here):
+    with signals.handled(), oracle._alone(here / "r"):
+        with oracle._alone(here / "other"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(signals.Interrupted, match="interrupted by SIGTERM"), oracle._alone(here / "r"):
+            pass
 
 
 def test_values_in_hydras_grammar():
@@ -136,7 +217,32 @@ def test_made_once_by_the_suites_scripts(launch, model_folder, here):
     done = launch("evaluate_util.py", *args, "oracle=make", cwd=here)
     made = OmegaConf.load(here / "r" / "retain90" / "config.yaml")
     assert (made.split, made.lr, made.seed, made.batch_size, made.num_epochs) == ("retain90", 3e-4, 7, 40, 1)
-    assert "Forget Quality" in done.stdout and (here / "r" / "retain90" / "eval_forget10" / "finished.json").is_file()
+    made = "eval_forget10_ds_size3_max_length200"
+    assert "Forget Quality" in done.stdout and (here / "r" / "retain90" / made / "finished.json").is_file()
     again = launch("evaluate_util.py", *args, "oracle=make", "overwrite=true", "save_dir=again", cwd=here)
     assert "oracle=make" not in again.stdout
-    assert OmegaConf.load(here / "again" / "config.yaml").retain_result == f"r/retain90/eval_forget10/{LOG}"
+    assert OmegaConf.load(here / "again" / "config.yaml").retain_result == f"r/retain90/{made}/{LOG}"
+    launch("evaluate_util.py", "from=again", "save_dir=repeated", cwd=here)
+    name = "eval_log_aggregated.json"
+    assert (here / "repeated" / name).read_bytes() == (here / "again" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_stopped_while_it_is_made(launch, model_folder, here):
+    """The retain model's training saves, the script ends with 75, and the same command goes on."""
+    (here / "data").mkdir()
+    (here / "data" / "tiny").symlink_to(model_folder)
+    common = ("model_family=tiny", f"data_path={MINI}", "progress=false")
+    recipe = ("batch_size=10", "gradient_accumulation_steps=1", "num_epochs=5", "lr=1e-5", "save_dir=r/full")
+    launch("finetune.py", *common, "split=full", *recipe, cwd=here)
+    args = (*common, "model_path=r/full", "split=forget10", "ds_size=3", "generation.max_new_tokens=3")
+    args += ("retain_result=auto", "oracle=make")
+    with (here / "said").open("w") as out:
+        words = [sys.executable, str(REPO / "evaluate_util.py"), *args]
+        process = subprocess.Popen(words, cwd=here, stdout=out, stderr=out)
+    until((here / "r" / "retain90" / "trainer_state.json").is_file, 200)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75, (here / "said").read_text()
+    assert list((here / "r" / "retain90").glob("resume/step-*/manifest.json"))
+    assert "interrupted by SIGTERM: what finetune.py has saved of the retain model" in (here / "said").read_text()
+    assert "going on after step" in launch("evaluate_util.py", *args, cwd=here).stdout

@@ -7,10 +7,11 @@ import types
 
 import pytest
 from helpers import MINI
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from tofu.cli import jobs, pool, schema, sweeps
-from tofu.runtime import provenance
+from tofu.cli import command_line, jobs, pool, schema, sweeps
+from tofu.runtime import provenance, resumption
 from utils import BadInput
 
 
@@ -29,7 +30,7 @@ def test_a_list_of_seeds_is_a_sweep(typed, taken):
 
 
 OVERRIDES = [
-    "model_family=phi",
+    "model_family=tiny",
     f"data_path={MINI}",
     "split=forget05,forget10",
     "seed=1,2",
@@ -70,6 +71,49 @@ def test_states_before_the_first_job(tmp_path, monkeypatch):
     (tmp_path / "rforget10_1" / "finished.json").write_text("{}")
     with pytest.raises(BadInput, match=r"save_dir=rforget10_1 holds a complete run with other settings: num_epochs=3 "):
         sweeps.tell(plan())
+
+
+@pytest.mark.parametrize(
+    ("made", "now", "said"),
+    [
+        ({}, (), None),
+        ({"cut": 8}, (), "other settings: batch_size x gradient_accumulation_steps x processes=8 (now 16): take"),
+        ({}, ("batch_size=2",), "processes=16 (now 2): take the same"),
+        (
+            {"kind": "fsdp", "processes": 2},
+            (),
+            "was interrupted under fsdp with 2 processes, and its checkpoint is",
+        ),
+        ({"processes": 2}, ("engine=ddp",), None),
+        ({"kind": "ZeRO-3", "processes": 2}, ("engine=deepspeed",), "was interrupted under ZeRO-3 with 2 processes, a"),
+        ({"kind": "ZeRO-3"}, ("engine=deepspeed",), None),
+        ({}, ("resume=false",), "holds a checkpoint in resume/ and resume=false: overwrite_dir=true starts again"),
+        (None, ("resume=false",), "save_dir=r holds an interrupted run: overwrite_dir=true starts again"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_before_the_first_job(tmp_path, monkeypatch, made, now, said):
+    """Of the newest checkpoint: its steps' rows, its engine, its processes, and resume=false."""
+    monkeypatch.chdir(tmp_path)
+    job = [*OVERRIDES[:2], "split=forget05", "seed=1", "save_dir=r"]
+    leave(tmp_path / "r", job, whole=False)
+    for step in (4, 12) if made is not None else ():
+        place = tmp_path / "r" / resumption.RESUME / f"step-{step}"
+        place.mkdir(parents=True)
+        (place / resumption.MANIFEST).write_text("{}")
+        engine = {"kind": "ddp", "processes": 1} | {key: one for key, one in made.items() if key != "cut"}
+        about = {resumption.CUT: 1 if step == 4 else made.get("cut", 16), "engine": engine}
+        (place / resumption.MADE_FROM).write_text(json.dumps(about))
+    (found,) = sweeps.plan("finetune", schema.Finetune, [*job, *now])
+    assert (found.state, found.why) == ("continues", "") if said is None else said in found.why
+    assert said is None or found.state == "refused"
+
+
+def test_a_hubs_model_that_is_not_there_is_refused_before_the_first_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["model_family=tiny,phi", *OVERRIDES[1:2], "save_dir='${model_family}'"]
+    found = sweeps.plan("finetune", schema.Finetune, args)
+    assert [one.state for one in found] == ["to do", "refused"]
+    assert found[1].why.startswith("hf_key=microsoft/phi-1_5: no such folder, not in the local cache, and the hub does")
 
 
 def test_an_evaluation_is_complete_of_the_model_that_is_there(tmp_path, monkeypatch, model_folder):
@@ -178,7 +222,16 @@ def test_what_a_sweeper_gets():
 def test_what_plugins_cannot_do(monkeypatch):
     with pytest.raises(BadInput, match="hydra/sweeper=optuna: it looks for the best value of a score: name the"):
         sweeps.check_plugins(["hydra/sweeper=optuna", "lr=1,2"])
-    sweeps.check_plugins(["hydra/sweeper=optuna", "objective=Agg"])
+    for one in ("hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm"):
+        if sweeps.missing(*one.split("=")):
+            with pytest.raises(BadInput, match=rf"{one} is not installed: pip install -e '\.\[sweep\]'"):
+                sweeps.check_plugins([one, "objective=Agg"])
+        else:
+            sweeps.check_plugins([one, "objective=Agg"])
+    monkeypatch.setitem(sweeps.PLUGINS["hydra/sweeper"], "gone", "hydra_plugins.gone")
+    assert sweeps.missing("hydra/sweeper", "gone").startswith("hydra/sweeper=gone is not installed: pip")
+    gone = MissingConfigException("", "hydra/launcher/jobs")
+    assert command_line._explain(gone, "forget", []).startswith("hydra/launcher=jobs is unknown (did you mean joblib?)")
     sweeps.check_plugins(["hydra/launcher=basic", "hydra.sweep.dir=x"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="hydra/launcher=processes: it starts processes .* here are 2 .* torchrun"):

@@ -21,7 +21,7 @@ from tofu.cli import repeat, sweeps
 from tofu.cli.checks import CHECKS, told
 from tofu.cli.jobs import BesideBars, Jobs, stop
 from tofu.cli.schema import CONFIG_DIR, Forget
-from tofu.runtime import ranks
+from tofu.runtime import parent, ranks
 from utils import BadInput, choice, no_key, one_line, unknown
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
         def main() -> Any:
+            parent.end_with_parent()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             kind, held, jobs = _kind(config_name), io.StringIO(), Jobs(task, after, sys.argv, _log)
             try:
@@ -117,27 +118,24 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str
             except BadInput as error:
                 return stop(error)
             jobs.argv = argv = sweeps.spread(_renamed(typed), kind)
-            with sweeps.folder() as scratch:
-                name = _named(argv, config_name)
-                with _one_line_errors(name, argv, held, jobs):
-                    if {"--help", "-h"} & set(argv[1:]):
-                        return _help(name, task, argv[1:])
-                    _check_fits(name, config_name, argv)
-                    whole, jobs.given = repeat.expanded(argv, name, config_name)
-                    if sweeps.MULTIRUN & set(argv[1:]) and sweeps.POOL not in os.environ:
-                        _log()
-                        sweeps.check_plugins(_theirs(whole[1:]))
-                        jobs.plan = sweeps.plan(name, _kind(name), _theirs(whole[1:]))
-                        sweeps.tell(jobs.plan)
-                    sys.argv = [argv[0], *_ordered(whole[1:], [*_overrides(scratch), *sweeps.settings(argv)])]
-                    with jobs.told(scratch), contextlib.redirect_stderr(held):  # every rank finds the same error
-                        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(jobs)()
-                if ranks.rank() == 0:
-                    sys.stderr.write(
-                        re.sub(r"Error executing job with overrides.*\n", "", held.getvalue())
-                    )  # told by then
-                jobs.end()
-                return jobs.result
+            name = _named(argv, config_name)
+            with _one_line_errors(name, argv, held, jobs), sweeps.folder(argv) as jobs.scratch:
+                if {"--help", "-h"} & set(argv[1:]):
+                    return _help(name, task, argv[1:])
+                _check_fits(name, config_name, argv)
+                whole, jobs.given = repeat.expanded(argv, name, config_name)
+                if sweeps.MULTIRUN & set(argv[1:]) and sweeps.POOL not in os.environ:
+                    _log()
+                    sweeps.check_plugins(_theirs(whole[1:]))
+                    jobs.plan = sweeps.plan(name, _kind(name), _theirs(whole[1:]))
+                    sweeps.tell(jobs.plan)
+                sys.argv = [argv[0], *_ordered(whole[1:], [*_overrides(jobs.scratch), *sweeps.settings(argv)])]
+                with jobs.told(), contextlib.redirect_stderr(held):  # every rank finds the same error
+                    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(jobs)()
+            if ranks.rank() == 0:  # told by then
+                sys.stderr.write(re.sub(r"Error executing job with overrides.*\n", "", held.getvalue()))
+            jobs.end()
+            return jobs.result
 
         return main
 
@@ -245,10 +243,12 @@ def _explain(error: Exception, name: str, args: list[str]) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         option = option.removesuffix(".yaml")
+        if said := sweeps.missing(group, option):
+            return said
         longer = option.replace("_gd", "_grad_diff").replace("_kl", "_KL")
         if longer in _options(group):
             return f"{group}={option} is unknown (did you mean {longer}?): it may be {', '.join(_options(group))}"
-        return unknown(group or "--config-name", option, _options(group))
+        return unknown(group or "--config-name", option, _options(group) or sweeps.PLUGINS.get(group, ()))
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         if re.search(r"[~=()]", value) and '"' not in value:

@@ -57,6 +57,7 @@ class Jobs:
         plan: the jobs of a sweep as they were before the first one started; [] where nobody knows them.
         result: what the last job returned.
         ended: what became of the jobs, where the sweep has ended.
+        scratch: the sweep's folder, where each job leaves what became of it.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Jobs:
         self.plan: list[sweeps.Planned] = []
         self.seconds: list[float] = []
         self.ended: list[sweeps.Outcome] = []
-        self.started = False
+        self.scratch, self.started = "", False
         self.result: Any = None
         self.given: frozenset[str] = frozenset()  # keys that the record of a repeated run gave, which are not told
         self.bug: Exception | None = None  # of a single job: it keeps its traceback
@@ -108,7 +109,7 @@ class Jobs:
         try:
             self._begin(cfg)
         except signals.Interrupted as stopped:
-            _interrupted(stopped)
+            interrupted(stopped)
         except BadInput as error:
             run_folder.undo()
             stop(error)
@@ -136,7 +137,7 @@ class Jobs:
         """
         hydra, began = HydraConfig.get(), time.monotonic()
         number, overrides = int(hydra.job.num), list(hydra.overrides.task)
-        told = sweeps.plain(" ".join(one for one in overrides if one.split("=")[0] not in self.given))
+        told = sweeps.plain(" ".join(one for one in overrides if one.split("=")[0].lstrip("+~") not in self.given))
         planned = self.plan[number : number + 1]
         ended, failure = sweeps.Outcome(number, overrides, sweeps.DONE), None
         known = bool(planned) and planned[0].state == sweeps.COMPLETE
@@ -154,13 +155,13 @@ class Jobs:
                 ended.state, self.result = sweeps.COMPLETE, objective(cfg, _scores(str(complete)))
         except signals.Interrupted as stopped:
             ended.state, ended.why, ended.seconds = sweeps.NOT_RUN, one_line(stopped), time.monotonic() - began
-            sweeps.write(ended, str(hydra.sweep.dir))
-            _interrupted(stopped)
+            sweeps.write(ended, self.scratch)
+            interrupted(stopped)
         except Exception as error:
             failure, self.result = error, None
             ended.state, ended.why, ended.code = sweeps.FAILED, one_line(error), 2 if isinstance(error, BadInput) else 1
         ended.seconds, ended.value = time.monotonic() - began, self.result if cfg.get("objective") else None
-        sweeps.write(ended, str(hydra.sweep.dir))
+        sweeps.write(ended, self.scratch)
         if failure is not None:
             self._note(failure, number, told)
             failure = None  # it holds the job's frames, and they hold its model
@@ -191,25 +192,21 @@ class Jobs:
         return [sys.executable, self.argv[0], *flags, *map(sweeps.plain, overrides)]
 
     @contextlib.contextmanager
-    def told(self, scratch: str) -> Iterator[None]:
-        """Tell at the end of a sweep, however it ends, what became of its jobs.
-
-        Args:
-            scratch: the sweep's folder.
-        """
+    def told(self) -> Iterator[None]:
+        """Tell at the end of a sweep, however it ends, what became of its jobs."""
         try:
             yield
         except Exception:
-            self._tell(scratch)
+            self._tell()
             if self.bug is not None or not self.failed:
                 raise  # else it is a sweeper's, after jobs that failed
         finally:
-            self._tell(scratch)
+            self._tell()
 
-    def _tell(self, scratch: str) -> None:
+    def _tell(self) -> None:
         if not self.ended:
             own = os.environ.get(sweeps.POOL, "").partition(":")[0]  # of the pool's process: its own job alone
-            self.ended = [one for one in sweeps.outcomes(scratch, self.plan) if own in ("", str(one.number))]
+            self.ended = [one for one in sweeps.outcomes(self.scratch, self.plan) if own in ("", str(one.number))]
             if len(self.ended) > 1:
                 log.info(sweeps.summary(self.ended))
 
@@ -252,7 +249,7 @@ def _scores(folder: str) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _interrupted(stopped: signals.Interrupted) -> None:
+def interrupted(stopped: signals.Interrupted) -> None:
     """Say in a file and in a line that a signal has stopped the run, and exit; a sweep ends with its job."""
     run_folder.interrupt(stopped)
     if ranks.rank() == 0:

@@ -1,10 +1,12 @@
 """The retain model's evaluation for a forget split, `retain_result`: named, found by where it lies, or made."""
 
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 import utils
 from tofu.cli import repeat
 from tofu.cli.schema import Finetune
-from tofu.runtime import provenance, ranks
+from tofu.runtime import parent, provenance, ranks, signals
 from tofu.runtime.provenance import CONFIG, FINISHED
 from utils import BadInput, choice
 
@@ -27,8 +29,11 @@ log = logging.getLogger(__name__)
 
 LOG = "eval_log_aggregated.json"
 AUTO, MAKE = "auto", "make"
+POLL = 0.2  # seconds between two looks
 SAME = ("split", "ds_size", "generation.max_length")  # two evaluations of the same rows and lengths have these
-NOT_RECIPE = ("save_dir", "split", "overwrite_dir", "dry_run", "progress", "report_to", "objective")
+NOT_RECIPE = (  # keys of a finetuning that the retain model's does not take from it
+    *("save_dir", "split", "overwrite_dir", "dry_run", "progress", "report_to", "objective", "resume", "allow_pickle"),
+)
 NOT_OF_THE_ORACLE = (  # keys of an evaluation that the retain model's own does not take from it
     *("save_dir", "model_path", "retain_result", "oracle", "overwrite", "progress", "use_pretrained"),
     *("reinitialize_weights", "save_format", "batch_size"),
@@ -72,6 +77,7 @@ def _find(cfg: DictConfig, split: str, prefix: str) -> str:
         fits = [file.parent for file in [*folder.glob(f"*/{FINISHED}"), *folder.glob(f"*/*/{FINISHED}")]]
         fits = [place for place in fits if _is_of(place, folder, cfg)]
         if fits:
+            _tell_other_recipe(folder, cfg.model_path)
             return str(max(fits, key=lambda place: (place / FINISHED).stat().st_mtime) / LOG)
     if cfg.oracle == MAKE:
         if provenance.finetuning(cfg.model_path) is None:
@@ -79,7 +85,8 @@ def _find(cfg: DictConfig, split: str, prefix: str) -> str:
                 f"{prefix}oracle=make: {cfg.model_path} does not say how it was finetuned (no {CONFIG} of a run): "
                 f"finetune the retain model on {retain} yourself, and name its log, {prefix}retain_result=..."
             )
-        return str(folders[0] / f"eval_{split}" / LOG)
+        rows, length = "all" if cfg.ds_size is None else cfg.ds_size, cfg.generation.max_length
+        return str(folders[0] / f"eval_{split}_ds_size{rows}_max_length{length}" / LOG)  # SAME, a folder for each
     raise BadInput(
         f"{prefix}retain_result=auto: no evaluation of a model finetuned on {retain} with split={cfg.split} "
         f"ds_size={cfg.ds_size} is in {', '.join(map(str, folders))}: make it, or {prefix}oracle=make"
@@ -99,6 +106,21 @@ def _folders(cfg: DictConfig, retain: str) -> list[Path]:
     return list(dict.fromkeys([*found, Path("runs") / str(cfg.model_family) / retain]))
 
 
+def _tell_other_recipe(folder: Path, model_path: str) -> None:
+    """Say which settings of the retain model's finetuning are others than those of the model that is evaluated."""
+    start = provenance.finetuning(model_path)
+    if start is None or not (folder / CONFIG).is_file():
+        return
+    but = {*NOT_RECIPE, *provenance.NOT_SETTINGS}
+    theirs, ours = (
+        provenance.flat({key: one for key, one in OmegaConf.to_container(made).items() if key not in but})
+        for made in (OmegaConf.load(folder / CONFIG), start[1])
+    )
+    keys = [key for key in ours if theirs.get(key, ours[key]) != ours[key]]
+    if other := [f"{key}={theirs[key]} ({start[0]}: {ours[key]})" for key in keys]:
+        log.warning("retain_result=auto: %s was finetuned otherwise: %s", folder, ", ".join(other))
+
+
 def _is_of(place: Path, model: Path, cfg: DictConfig) -> bool:
     """Whether a folder holds the evaluation of the model above it, of the rows that `cfg` asks for."""
     if not all((place / name).is_file() for name in (CONFIG, LOG)):
@@ -116,17 +138,33 @@ def make(cfg: DictConfig) -> None:
 
     Raises:
         BadInput: a script has failed, or several hosts share the launch.
+        signals.Interrupted: a signal has stopped it.
     """
     if cfg.oracle != MAKE:
         return
     place = Path(cfg.retain_result).parent
-    while not (place / FINISHED).is_file():
-        if ranks.rank() > 0:
-            time.sleep(1)
-            continue
-        with _alone(place):
-            if not (place / FINISHED).is_file():
-                _run(cfg, place)
+
+    def there() -> bool:
+        return (place / FINISHED).is_file() and _is_of(place, place.parent, cfg)
+
+    with signals.handled():
+        while ranks.rank() > 0 and not there():
+            _wait()
+        if ranks.rank() == 0 and not there():
+            with _alone(place.parent):
+                if not there():
+                    _run(cfg, place)
+
+
+def _wait() -> None:
+    """Wait a moment for what another process makes.
+
+    Raises:
+        signals.Interrupted: this process is asked to stop.
+    """
+    if asked := signals.requested():
+        raise signals.Interrupted(None, "what is saved of the retain model stands", name=asked)
+    time.sleep(POLL)
 
 
 def _run(cfg: DictConfig, place: Path) -> None:
@@ -135,17 +173,20 @@ def _run(cfg: DictConfig, place: Path) -> None:
     retain, bars = utils.complement(split), f"progress={repeat.quoted(cfg.progress)}"
     log.info("oracle=make: %s is finetuned on %s as %s was, then evaluated on %s", place.parent, retain, folder, split)
     taken = [key for key in get_type_hints(Finetune) if key in made and key not in NOT_RECIPE]
-    recipe = _overrides({key: made[key] for key in taken})
+    recipe = _overrides({**{key: made[key] for key in taken}, "allow_pickle": cfg.allow_pickle})
     _script("finetune.py", *recipe, bars, f"split={retain}", f"save_dir={repeat.quoted(str(place.parent))}")
     rows = _overrides({key: cfg[key] for key in cfg if key not in NOT_OF_THE_ORACLE})
     _script("evaluate_util.py", *rows, bars, *repeat.said({"model_path": str(place.parent), "save_dir": str(place)}))
 
 
 def _script(name: str, *overrides: str) -> None:
-    """Run a script of the suite as a sweep of one job: what is complete stays, what was cut off starts again.
+    """Run a script of the suite as a sweep of one job: what is complete stays, what was cut off goes on.
+
+    A signal is passed on, and waited for; where we are killed it ends as by SIGTERM.
 
     Raises:
         BadInput: it has failed; it has said why.
+        signals.Interrupted: it or this process was asked to stop.
     """
     start = [sys.executable]
     if (processes := ranks.world_size()) > 1:
@@ -153,9 +194,21 @@ def _script(name: str, *overrides: str) -> None:
             raise BadInput("oracle=make runs on one host: make the retain result first, on all of them")
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     environment = {key: value for key, value in os.environ.items() if not OF_A_LAUNCH.match(key)}
-    done = subprocess.run([*start, str(utils.REPO / name), "-m", *overrides], env=environment)
-    if done.returncode:
-        raise BadInput(f"oracle=make: {name} {overrides[-1]} ended with exit code {done.returncode}; it has said why")
+    environment[parent.PARENT] = str(os.getpid())
+    words, asked = [*start, str(utils.REPO / name), "-m", *overrides], None
+    child = subprocess.Popen(words, env=environment, start_new_session=True)  # Ctrl-C comes to us alone
+    try:
+        while child.poll() is None:
+            if asked is None and (asked := signals.requested()):  # torchrun passes no SIGUSR1 on
+                child.send_signal(signal.SIGTERM if processes > 1 else getattr(signal, asked))
+            time.sleep(POLL)
+    except BaseException:  # a second Ctrl-C
+        child.kill()
+        raise
+    if asked or child.returncode == signals.CODE:
+        raise signals.Interrupted(None, f"what {name} has saved of the retain model stands", name=asked)
+    if child.returncode:
+        raise BadInput(f"oracle=make: {name} {overrides[-1]} ended with exit code {child.returncode}; it has said why")
 
 
 def _overrides(values: dict[str, Any]) -> list[str]:
@@ -166,8 +219,12 @@ def _overrides(values: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """One process of this machine at a time for a place: jobs side by side make it once."""
+    """One process of this machine at a time for a retain model: jobs side by side make it once."""
     name = hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:16]
     with (Path(tempfile.gettempdir()) / f"tofu-oracle-{os.getuid()}-{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            _wait()
         yield

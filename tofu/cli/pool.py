@@ -1,15 +1,15 @@
 """The jobs of a sweep side by side, each in a process of its own: on several cards each job gets one to itself."""
 
+import contextlib
 import logging
 import os
 import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from omegaconf import open_dict
 
-from tofu.cli import sweeps
+from tofu.cli import jobs, sweeps
+from tofu.runtime import parent, signals
 from utils import BadInput
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
 LAUNCHER = "processes"  # hydra/launcher=
 GRACE = 120  # seconds that jobs have to save when the sweep is interrupted, before they are killed
+POLL = 0.1  # seconds between two looks at the jobs
 
 
 def deal(parallel: int | str, cards: Sequence[str]) -> list[str | None]:
@@ -68,18 +70,25 @@ def launch(launcher: Any, job_overrides: Sequence[Sequence[str]], first: int) ->
     """
     setup_globals()
     if sweeps.POOL in os.environ:
-        _end_with_parent()
         return [_here(launcher, overrides) for overrides in job_overrides]
     slots = deal(launcher.parallel, cards())
     numbers = range(first, first + len(job_overrides))
-    pool = Pool(launcher.task, slots, str(launcher.config.hydra.sweep.dir), [*numbers])
-    with ThreadPoolExecutor(len(slots)) as threads:
+    pool = Pool(launcher.task, slots, launcher.task.scratch, [*numbers])
+    with signals.handled(), ThreadPoolExecutor(len(slots)) as threads:
         ended = [threads.submit(pool.run, number, job) for number, job in zip(numbers, job_overrides, strict=True)]
         try:
+            while wait(ended, timeout=POLL).not_done and not pool.asked_to_stop():
+                pass
+            if name := pool.asked_to_stop():
+                threads.shutdown(wait=False, cancel_futures=True)
+                pool.interrupt(getattr(signal, name))
+                stop = signals.Interrupted(None, "what the sweep's jobs have saved stands", name=name)
+                with contextlib.redirect_stderr(launcher.task.stderr):  # Hydra's own goes elsewhere
+                    jobs.interrupted(stop)
             return [one.result() for one in ended]
-        except BaseException:  # Ctrl-C
+        except KeyboardInterrupt:  # a second Ctrl-C
             threads.shutdown(wait=False, cancel_futures=True)
-            pool.interrupt()
+            pool.interrupt(signal.SIGKILL)
             raise
 
 
@@ -99,16 +108,19 @@ def _here(launcher: Any, overrides: Sequence[str]) -> JobReturn:
     )
 
 
-def _end_with_parent() -> None:
-    """End this process, as by SIGTERM, when the one that started it is gone: nobody would give its card away again."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _pass_on(process: subprocess.Popen, said: Path, prefix: str) -> None:
+    """Pass on the lines that a process writes into a file, until it has ended."""
+    rest = b""
+    with said.open("rb") as written:
+        while True:
+            ended = process.poll() is not None  # looked at before the lines are read: then they are all of them
+            *lines, rest = (rest + written.read()).split(b"\n")
+            for line in [*lines, rest] if ended and rest else lines:
+                sys.stdout.write(f"{prefix}{line.decode(errors='replace')}\n")
+            sys.stdout.flush()
+            if ended:
+                return
+            time.sleep(POLL)
 
 
 class Pool:
@@ -129,7 +141,11 @@ class Pool:
         for slot in slots:
             self.free.put(slot)
         self.running: list[subprocess.Popen] = []
-        self.stopped = False
+        self.stopped = self.interrupted = False
+
+    def asked_to_stop(self) -> str | None:
+        """The signal that this process has got, or SIGTERM where one of the jobs has: it ends the whole sweep."""
+        return signals.requested() or ("SIGTERM" if self.interrupted else None)
 
     def _complete(self, number: int) -> bool:
         plan = self.jobs.plan
@@ -153,25 +169,31 @@ class Pool:
         return self._ended(number, list(overrides), time.monotonic() - began)
 
     def _process(self, number: int, overrides: Sequence[str], card: str | None) -> None:
-        """Start a job's process and pass on what it says, each line with the job's number."""
-        environment = {**os.environ, sweeps.POOL: f"{number}:{self.scratch}"}
+        """Start a job's process and pass on what it says, each line with the job's number.
+
+        It says so into a file: a pipe that closes when we are killed would end it before it has saved.
+        """
+        environment = {**os.environ, sweeps.POOL: f"{number}:{self.scratch}", parent.PARENT: str(os.getpid())}
         if card is not None:
             environment[VISIBLE] = card
         environment.setdefault(THREADS, str(max(1, len(os.sched_getaffinity(0)) // self.at_once)))
-        with subprocess.Popen(
-            self.jobs.command(overrides),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on once
-        ) as process:
+        said = Path(self.scratch) / f"said-{number}.txt"
+        with (
+            said.open("w") as out,
+            subprocess.Popen(
+                self.jobs.command(overrides),
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on once
+            ) as process,
+        ):
             self.running.append(process)
-            for line in process.stdout:
-                sys.stdout.write(f"[{number}] {line}")
-                sys.stdout.flush()
+            if self.stopped:
+                process.terminate()
+            _pass_on(process, said, f"[{number}] ")
         self.running.remove(process)
+        self.interrupted = self.interrupted or process.returncode == signals.CODE
         if process.returncode and not (Path(self.scratch) / f"outcome-{number}.json").is_file() and not self.stopped:
             how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit code {process.returncode}"
             failed = sweeps.Outcome(number, list(overrides), sweeps.FAILED, f"its process ended with {how}", code=1)
@@ -189,11 +211,11 @@ class Pool:
             made.return_value = found.value
         return made
 
-    def interrupt(self) -> None:
-        """Pass an interrupt on to the jobs, and wait for them; what does not end in time is killed."""
+    def interrupt(self, number: int) -> None:
+        """Pass a signal on to the jobs, and wait for them; what does not end in time is killed."""
         self.stopped, until = True, time.monotonic() + GRACE
         for process in (running := list(self.running)):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         for process in running:
             try:
                 process.wait(max(0.0, until - time.monotonic()))

@@ -1,7 +1,8 @@
 """`from=RUN` on a command line: the settings of RUN's recorded config as overrides, below the user's own.
 
 What follows from other keys (`${...}` in the YAMLs) is left to follow, where it gives what the record holds: so
-`from=RUN split=forget05` keeps and evaluates the rows that belong to forget05.
+`from=RUN split=forget05` keeps and evaluates the rows that belong to forget05. What may run code of other people,
+`allow_pickle` and a method's class from outside of this suite, no record can ask for: the command line alone does.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import utils
@@ -21,7 +23,10 @@ from tofu.runtime.provenance import CONFIG, REPEATS, VERSIONS
 from utils import BadInput
 
 SCRIPTS = {"finetune": "finetune.py", "forget": "forget.py", "eval_everything": "evaluate_util.py"}  # config -> script
-GONE = ("save_dir", "eval.save_dir", "forget_loss.by_split")  # are never taken over
+GONE = ("save_dir", "eval.save_dir", "forget_loss.by_split", "allow_pickle", "eval.allow_pickle")  # never taken over
+METHOD, PLAIN = "forget_loss", "grad_ascent"  # the group of a method's keys; a file of it without keys of a class
+OWN_PACKAGE = "tofu."  # begins the name of a class that is imported because a record says so
+FOUND = ("retain_result", "eval.retain_result")  # the record has the path that `auto` came to
 
 
 def expanded(argv: Sequence[str], name: str, default: str) -> tuple[list[str], frozenset[str]]:
@@ -46,7 +51,7 @@ def expanded(argv: Sequence[str], name: str, default: str) -> tuple[list[str], f
     theirs = {key: arg.partition("=")[2] for arg in rest if "=" in arg and (key := _key(arg))}
     recorded = _recorded(what, run, default)
     _check_theirs(what, run, theirs)
-    found = _overrides(what, name, recorded, _directory(run), theirs)
+    found = _overrides(what, name, run, recorded, theirs)
     return [argv[0], *found, *rest], frozenset(map(_key, found))
 
 
@@ -87,23 +92,22 @@ def _check_theirs(what: str, run: Path, theirs: Mapping[str, str]) -> None:
             raise BadInput(f"{key}={theirs[key]}: {what} repeats its method: leave {key} out, or leave {what} out")
 
 
-def _overrides(
-    what: str, name: str, recorded: Mapping[str, Any], directory: Path | None, theirs: Mapping[str, str]
-) -> list[str]:
+def _overrides(what: str, name: str, run: Path, recorded: Mapping[str, Any], theirs: Mapping[str, str]) -> list[str]:
     """The overrides that make the config `name` what is recorded, but for what the user sets."""
-    chosen = [f"forget_loss={recorded['forget_loss.name']}"] if "forget_loss.name" in recorded else []
-    plain = provenance.flat(OmegaConf.to_container(_compose(name, chosen), resolve=False))
+    chosen, plain = _method(what, name, recorded, theirs)
+    directory = _directory(run)
     wanted = {key: value for key, value in recorded.items() if key not in GONE and value != {}}
-    if lost := [key for key in wanted if key not in plain]:
+    if lost := [key for key in wanted if key not in plain and not key.startswith(f"{METHOD}.")]:
         raise BadInput(
             f"{what}: its config has {', '.join(lost)}, which {name}.yaml has no longer: repeat it with the version "
             "that made it (its versions.json names the commit)"
         )
+    wanted |= _asked_for(run, recorded, theirs)
     mine = {key: _from_there(one, directory) for key, one in wanted.items()}
     if hidden := [key for key, value in mine.items() if utils.MASK in str(value) and not _set(key, theirs)]:
         raise BadInput(f"{what}: the record of {hidden[0]} leaves a credential out: give {hidden[0]}=...")
-    found = {key: one for key, one in mine.items() if "${" not in str(plain[key]) and key != "retain_split"}
-    composed = _compose(name, [*chosen, *said(found)])
+    found = {key: one for key, one in mine.items() if "${" not in str(plain.get(key)) and key != "retain_split"}
+    composed = _compose(name, [*chosen, *_said(found, plain)])
     for key in mine.keys() - found.keys():
         if key == "retain_split":
             follows = utils.complement(str(OmegaConf.select(composed, "split")))
@@ -111,7 +115,76 @@ def _overrides(
             follows = OmegaConf.select(composed, key)
         if _normal(follows) != _normal(mine[key]):
             found[key] = mine[key]
-    return [*chosen, *said({key: found[key] for key in mine if key in found and not _set(key, theirs)})]
+    return [*chosen, *_said({key: found[key] for key in mine if key in found and not _set(key, theirs)}, plain)]
+
+
+def _said(values: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
+    """Overrides; keys that the method's file has not, a class's own, join it."""
+    return [one if _key(one) in plain else f"++{one}" for one in said(values)]
+
+
+def _method(
+    what: str, name: str, recorded: Mapping[str, Any], theirs: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any]]:
+    """The overrides that choose the recorded method's file, if there is one that fits, and what is composed of them.
+
+    Raises:
+        BadInput: the method's class is none of this suite's, and neither its file nor the command line names it.
+    """
+
+    def composed(chosen: list[str]) -> tuple[list[str], dict[str, Any]]:
+        return chosen, provenance.flat(OmegaConf.to_container(_compose(name, chosen), resolve=False))
+
+    if f"{METHOD}.name" not in recorded:
+        return composed([])
+    kind, own = f"{METHOD}.class", recorded[f"{METHOD}.name"]
+    there = isinstance(own, str) and (CONFIG_DIR / METHOD / f"{own}.yaml").is_file()
+    chosen, plain = composed([f"{METHOD}={own if there else PLAIN}"])
+    if plain.get(kind) == recorded.get(kind):
+        parts = [part for part in ("forget", "retain") if plain[f"{METHOD}.{part}"] != recorded.get(f"{METHOD}.{part}")]
+        numbers = [key for key in plain if key.startswith(tuple(f"{METHOD}.{part}_args." for part in parts))]
+        lost = {key: plain[key] for key in numbers if key not in recorded}  # of the loss that the file has instead
+        return composed([*chosen, *(f"~{one}" for one in said(lost))])
+    if (named := recorded.get(kind)) and not str(named).startswith(OWN_PACKAGE) and not _set(kind, theirs):
+        raise BadInput(
+            f"{what}: its method's class, {named}, is none of this suite's, and a record alone has nothing imported: "
+            f"if you trust it, name it, ++{kind}={named}"
+        )
+    return composed([f"{METHOD}={PLAIN}"])
+
+
+def _asked_for(run: Path, recorded: Mapping[str, Any], theirs: Mapping[str, str]) -> dict[str, Any]:
+    """What a run's command line asked for where the record has the path that it came to: auto, or one for each split.
+
+    With `oracle=make` that was `auto`, and where the user names another path nothing is to be made.
+    """
+    found: dict[str, Any] = {}
+    for key in FOUND:
+        made = f"{key.removesuffix('retain_result')}oracle"
+        if recorded.get(key) is not None and (asked := "auto" if recorded.get(made) else _typed(run, key)):
+            found[key] = asked
+        if _set(key, theirs) and theirs.get(key, "").strip("'\"") != "auto":
+            found[made] = None
+    return {key: one for key, one in found.items() if key in recorded}
+
+
+def _typed(run: Path, key: str) -> Any:
+    """What a run's command line, or that of the run that it repeats, gave for a key: auto or a mapping; else None."""
+    seen: set[Path] = set()
+    while run not in seen and (run / VERSIONS).is_file():
+        seen.add(run)
+        about = json.loads((run / VERSIONS).read_text(encoding="utf-8"))
+        values = {_key(arg): arg for arg in about.get("command", ())[1:] if "=" in arg}
+        if key in values:
+            (typed,) = OverridesParser.create().parse_overrides([values[key]])
+            value = None if typed.is_sweep_override() else typed.value()
+            if isinstance(value, Mapping):
+                return {str(split): path for split, path in value.items()}
+            return value if value == "auto" else None
+        if REPEATS not in values:
+            return None
+        run = Path(about.get("directory", ".")) / values[REPEATS].partition("=")[2].strip("'\"")
+    return None
 
 
 def _set(key: str, theirs: Mapping[str, str]) -> bool:
@@ -139,6 +212,8 @@ def _from_there(value: Any, directory: Path | None) -> Any:
     """A recorded relative path, made findable where the working directory is another one than then."""
     if isinstance(value, list):
         return [_from_there(one, directory) for one in value]
+    if isinstance(value, dict):
+        return {key: _from_there(one, directory) for key, one in value.items()}
     if not isinstance(value, str) or directory is None or "\n" in value or len(value) > 255 or not value.strip("./ "):
         return value
     return value if utils.is_local(value) or not (directory / value).exists() else str(directory / value)
@@ -153,6 +228,8 @@ def quoted(value: Any) -> str:
     """A value in Hydra's grammar; in quotes a backslash stands for itself, but before a quote and at the end."""
     if isinstance(value, list):
         return f"[{','.join(map(quoted, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{quoted(one)}' for key, one in value.items())}}}"
     if isinstance(value, str):
         text = re.sub(r"(\\*)'", lambda found: f"{found[1] * 2}\\'", value)
         ending = re.search(r"\\+$", text)

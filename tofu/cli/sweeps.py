@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import logging
@@ -23,11 +24,19 @@ from omegaconf.errors import OmegaConfBaseException
 import utils
 from tofu.cli.checks import check
 from tofu.cli.schema import CONFIG_DIR, Evaluate, Finetune, Forget
+from tofu.models import families
 from tofu.runtime import ranks, resumption, run_folder
 from utils import BadInput
 
 log = logging.getLogger(__name__)
 
+PLUGINS: dict[str, dict[str, str | None]] = {  # those of Hydra's that are described, and their modules
+    "hydra/sweeper": {"basic": None, "optuna": "hydra_plugins.hydra_optuna_sweeper"},
+    "hydra/launcher": {
+        **{"basic": None, "processes": None, "joblib": "hydra_plugins.hydra_joblib_launcher"},
+        **dict.fromkeys(("submitit_local", "submitit_slurm"), "hydra_plugins.hydra_submitit_launcher"),
+    },
+}
 COMPLETE, CONTINUES, TO_DO, REFUSED = "complete", "continues", "to do", "refused"  # before the first job starts
 DONE, FAILED, NOT_RUN = "done", "failed", "not run"  # afterwards; COMPLETE too
 MULTIRUN = {"--multirun", "-m"}
@@ -72,18 +81,49 @@ def spread(argv: list[str], kind: type | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def folder() -> Iterator[str]:
-    """A folder for what the processes of one sweep tell each other; it goes with the sweep."""
+def folder(argv: Sequence[str]) -> Iterator[str]:
+    """A folder for what the processes of one sweep tell each other; it goes with the sweep.
+
+    Each sweep has its own. Where `hydra.sweep.dir=FOLDER` names one that all hosts see, it lies in there.
+
+    Raises:
+        BadInput: nothing can be written there.
+    """
     if POOL in os.environ:
         yield os.environ[POOL].partition(":")[2]
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            yield scratch
+        return
+    named = [one.partition("=")[2].strip("'\"") for one in argv if one.startswith("hydra.sweep.dir=")]
+    place, new = None, None
+    if named and MULTIRUN & {*argv}:
+        whole = "$" not in named[-1]  # else it has a folder for each sweep, ${now:%H-%M}, which Hydra makes
+        place = Path(named[-1] if whole else named[-1].partition("$")[0].rpartition("/")[0] or ".").absolute()
+        new = place if not place.exists() else None
+    try:
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=place, prefix="outcomes-")
+    except OSError as error:
+        raise BadInput(f"hydra.sweep.dir={place} cannot be written ({error.strerror}): name another folder") from None
+    try:
+        with scratch as path:
+            yield path
+    finally:
+        if new is not None:  # of a sweep that is refused nothing stays
+            with contextlib.suppress(OSError):
+                new.rmdir()
 
 
 def _drawn(overrides: Sequence[str]) -> bool:
     """Whether a sweeper draws the jobs one by one."""
     return any(re.match(r"\+*hydra/sweeper=(?!basic$)", one) for one in overrides)
+
+
+def missing(group: str, option: str) -> str | None:
+    """The line that refuses a launcher or a sweeper of Hydra's that is not installed; None where nothing is missing."""
+    module = PLUGINS.get(group, {}).get(option)
+    if module is None or importlib.util.find_spec(module):
+        return None
+    return f"{group}={option} is not installed: pip install -e '.[sweep]'"
 
 
 def check_plugins(overrides: Sequence[str]) -> None:
@@ -102,6 +142,8 @@ def check_plugins(overrides: Sequence[str]) -> None:
         raise BadInput(
             f"{other}: it looks for the best value of a score: name the score, objective='Model Utility' say"
         )
+    if other and (said := missing(other.partition("=")[0].lstrip("+"), other.partition("=")[2])):
+        raise BadInput(said)
 
 
 def settings(argv: Sequence[str]) -> list[str]:
@@ -183,16 +225,57 @@ def _state(cfg: DictConfig, kind: type | None, overrides: list[str]) -> tuple[st
         place = Path(cfg.save_dir)
         if kind is Evaluate:  # `overwrite` is true unless it is said: only who says so wants a complete one again
             again = cfg.overwrite and any(one.startswith("overwrite=") for one in overrides)
-            return (COMPLETE if not again and run_folder.evaluated(cfg, place) else TO_DO), ""
-        if cfg.overwrite_dir or cfg.dry_run:
+            if not again and run_folder.evaluated(cfg, place):
+                return COMPLETE, ""
+            _check_cached(cfg.model_path, kind)
             return TO_DO, ""
-        there = run_folder.found(cfg, place)
+        there = "" if cfg.overwrite_dir or cfg.dry_run else run_folder.found(cfg, place)
+        if there == "complete":
+            return COMPLETE, ""
+        goes_on = bool(there) and _goes_on(cfg, place)
+        _check_cached(families.family(cfg.model_family).hf_key if kind is Finetune else cfg.model_path, kind)
     except BadInput as error:
         return REFUSED, str(error)
-    if there == "complete":
-        return COMPLETE, ""
-    kept = str(cfg.resume).lower() == "auto" and any((place / resumption.RESUME).glob("step-*"))
-    return (CONTINUES if there and kept else TO_DO), ""
+    return (CONTINUES if goes_on else TO_DO), ""
+
+
+def _goes_on(cfg: DictConfig, place: Path) -> bool:
+    """Whether a run that was cut off has a checkpoint to go on from; only its size and the processes are looked at.
+
+    Raises:
+        BadInput: it has one, and `resumption.Resume.look` would refuse it without a look at the model.
+    """
+    mode = str(cfg.resume).lower()
+    steps = [path for path in (place / resumption.RESUME).glob("step-*") if (path / resumption.MANIFEST).is_file()]
+    if mode == "false":
+        why = f"a checkpoint in {resumption.RESUME}/ and resume=false" if steps else "an interrupted run"
+        raise BadInput(f"save_dir={place} holds {why}: overwrite_dir=true starts again, resume=auto goes on")
+    if not steps:
+        return False
+    made = utils.read_json(max(steps, key=resumption.step_of) / resumption.MADE_FROM, "resume")
+    cut = cfg.batch_size * cfg.gradient_accumulation_steps * ranks.world_size()
+    if made.get(resumption.CUT, cut) != cut:
+        raise BadInput(
+            f"save_dir={place} holds an interrupted run with other settings: {resumption.CUT}={made[resumption.CUT]} "
+            f"(now {cut}): take the same, or overwrite_dir=true to start again"
+        )
+    name, stage = cfg.engine, ""
+    if name == "auto":  # several GPUs share a model under DeepSpeed; whether there are any, torch alone knows
+        name = "ddp" if ranks.world_size() == 1 else None
+    if name == "deepspeed":
+        stage = utils.read_json(cfg.ds_config, "ds_config").get("zero_optimization", {}).get("stage")
+    if name is not None and "engine" in made:
+        engine = {"kind": f"ZeRO-{stage}" if stage else name, "processes": ranks.world_size()}
+        resumption.Resume(mode, {}, engine).check_engine(place, made["engine"])
+    return True
+
+
+def _check_cached(model: str, kind: type) -> None:
+    """Raise BadInput for a hub's model that is not in the local cache where the hub may not be asked."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE and not utils.is_local(model) and model not in utils.SHIPPED:
+        utils.check_hub(model, "hf_key" if kind is Finetune else "model_path", "model", "config.json")
 
 
 def tell(planned: Sequence[Planned]) -> None:

@@ -131,6 +131,8 @@ def told(what: str, path: str) -> Iterator[None]:
     """Make one line of whatever a library raises of files that it can't read: its types differ with their format."""
     try:
         yield
+    except BadInput:  # it has said why
+        raise
     except Exception as error:
         why = " ".join(str(error).split())
         if "trust_remote_code" in why:
@@ -140,6 +142,8 @@ def told(what: str, path: str) -> Iterator[None]:
             ) from None
         if isinstance(error, UnpicklingError) or "weights_only" in why:
             todo = "" if what == "adapter" else ", or, if you trust who made them, set allow_pickle=true"
+            if todo and provenance.repeated():
+                todo += f" ({provenance.REPEATS}=... does not take it over)"
             raise BadInput(
                 f"the {what} of {path} are in a file that holds more than tensors and could run any code when it is "
                 f"read (a pickle): save them as safetensors{todo}"

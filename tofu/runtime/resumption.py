@@ -39,6 +39,7 @@ NOT_WEIGHTS = (  # keys that move no weight, with all below them: a run goes on 
 CHOOSES = ("eval", "eval_while_train")  # of these, where the evaluations choose the weights or end the run
 UNITS = {"s": 1, "min": 60, "h": 3600}
 MODES = ("auto", "false")
+CUT = "batch_size x gradient_accumulation_steps x processes"  # in `Resume.made_from`
 
 
 class Interval(NamedTuple):
@@ -118,11 +119,11 @@ class Resume:
                 "or overwrite_dir=true to start again"
             )
         if found is not None:
-            self._check_engine(folder, made["engine"])
+            self.check_engine(folder, made["engine"])
         self.checkpoint = found
         return found
 
-    def _check_engine(self, folder: Path, theirs: Mapping[str, Any]) -> None:
+    def check_engine(self, folder: Path, theirs: Mapping[str, Any]) -> None:
         """Raise BadInput where this run can't read their checkpoint; say so where it isn't the same to a bit."""
         if theirs == self.engine:
             return

@@ -177,7 +177,7 @@ class Job:
         """What the weights follow from beside the keys; the first is what their batches come to."""
         cut = self.cfg.batch_size * self.cfg.gradient_accumulation_steps
         return {
-            "batch_size x gradient_accumulation_steps x processes": cut * ranks.world_size(),
+            resumption.CUT: cut * ranks.world_size(),
             "optimiser": self.args.optim,
             "starting model": folders.quick_identity(self.path),
             "training data": checkpoints.data_digest(self.data),
