@@ -20,6 +20,7 @@ from tofu.reporting import (
     folder,
     foreign,
     grouping,
+    interactive,
     latex,
     leaderboard,
     plots,
@@ -199,7 +200,9 @@ def test_a_model_that_is_asked_in_another_way(tmp_path):
     lines = {line.get_label(): line.get_ydata() for line in axes[0].lines}
     first = {run.keys["method"]: run for run in found.runs if run.name.endswith("seed1/eval_forget05")}
     assert set(lines) == {"npo", "rmu"} and [label.get_text() for label in axes[0].get_xticklabels()][0] == "question"
+    page = [one for one in interactive.draw(found, ["ROUGE Forget"]) if one["name"] == "robustness"][0]
     for method, (before, after) in lines.items():
+        assert [before, after] in [line["y"] for line in page["data"] if line["name"] == method]
         assert before == first[method].value("ROUGE Forget") and after > before
 
 

@@ -24,7 +24,8 @@ MARKERS = "osD^vPXhp<>*8d"
 
 KEPT = ("grad_ascent", "grad_diff", "idk", "npo", "KL", "rmu", "simnpo")  # each has its colour in every report
 HATCHES = ("", "////", "....", "xxxx")  # of bars, from the eighth method on
-UTILITY, QUALITY = "Model Utility", "log10 Forget Quality"
+UTILITY, QUALITY, ROUGE = "Model Utility", "log10 Forget Quality", "ROUGE Forget"
+ATTACKS = ("eval.question_key", "eval.data_path")  # keys that ask a model in another way
 STYLE = {
     **{"font.size": 7, "axes.labelsize": 7, "xtick.labelsize": 6, "ytick.labelsize": 6, "legend.fontsize": 6},
     **{
@@ -157,3 +158,23 @@ def bars(axes: Axes, material: Material, final: Sequence[Run], metrics: Sequence
         axes.bar(at, [np.mean(one) for one in known], width * 0.9, label=method, **look, **whiskers)
     axes.set(ylim=(0, 1.05), xticks=range(len(metrics)), xticklabels=names)
     axes.tick_params(axis="x", length=0)
+
+
+def asked_again(material: Material) -> dict[str, list[Run]]:
+    """Way of asking -> the final evaluations in it of the models that were asked in the first way and in another one.
+
+    First the way in which most models were asked.
+
+    Raises:
+        Undrawn: there are no such models.
+    """
+    asked: dict[str, dict[str, Run]] = {}
+    names = [name for name in ATTACKS if len({str(run.keys.get(name)) for run in material.final}) > 1]
+    for run in material.final:
+        way = ", ".join(str(run.keys.get(name)).replace("question,", "") for name in names)
+        asked.setdefault(way, {})[run.of] = run
+    ways = sorted(asked, key=lambda way: -len(asked[way]))
+    both = [of for of in asked[ways[0]] if any(of in asked[way] for way in ways[1:])] if ways else []
+    if not both:
+        raise Undrawn("no model was asked in two ways (question_key=paraphrased_question, or another data_path)")
+    return {way: [asked[way][of] for of in both if of in asked[way]] for way in ways}

@@ -12,7 +12,19 @@ import numpy as np
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.reporting import figures, grouping, plots
-from tofu.reporting.canvas import BLACK, QUALITY, UTILITY, Material, Undrawn, method_of, need, styles, values
+from tofu.reporting.canvas import (
+    BLACK,
+    QUALITY,
+    ROUGE,
+    UTILITY,
+    Material,
+    Undrawn,
+    asked_again,
+    method_of,
+    need,
+    styles,
+    values,
+)
 from tofu.reporting.records import RETAIN
 from tofu.reporting.results import BROKEN
 from tofu.reporting.runs import Collected, Run
@@ -285,8 +297,19 @@ def _choices(data: Sequence[Trace]) -> dict[str, Any]:
 
 
 def robustness(material: Material, index: Mapping[str, int], metrics: Sequence[str]) -> dict[str, Any]:
-    """Before and after an attack: of runs that were attacked."""
-    raise Undrawn("no run was attacked")
+    """A metric when the same models are asked in another way: a line for each model."""
+    ways, data = asked_again(material), list[Trace]()
+    for metric in dict.fromkeys((ROUGE, *metrics)):
+        for of in dict.fromkeys(run.of for runs in ways.values() for run in runs):
+            known = [(way, run) for way, runs in ways.items() for run in _known(runs, metric) if run.of == of]
+            if len(known) > 1:
+                method = method_of(known[0][1])
+                style = material.styles[method]
+                line: Trace = {"type": "scatter", "mode": "lines+markers", "name": method, "legendgroup": method}
+                line |= {"x": [way for way, _ in known], "y": [run.value(metric) for _, run in known], "choice": metric}
+                line |= {"customdata": [index[run.name] for _, run in known], "marker": _marker(style, 8)}
+                data.append(line | {"line": {"color": style.colour, "width": 1.5}})
+    return {"data": _one_entry(data), "layout": {"xaxis": {"type": "category"}}} | _choices(data)
 
 
 Function = Callable[[Material, Mapping[str, int], Sequence[str]], dict[str, Any]]

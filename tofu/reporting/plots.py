@@ -16,9 +16,11 @@ from tofu.reporting.canvas import (
     BLACK,
     GREY,
     QUALITY,
+    ROUGE,
     UTILITY,
     Material,
     Undrawn,
+    asked_again,
     bars,
     figure,
     legend,
@@ -34,9 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-ROUGE = "ROUGE Forget"
 LABELS = {UTILITY: "model utility", QUALITY: r"$\log_{10}$ forget quality", ROUGE: "forget ROUGE"}
-ATTACKS = ("eval.question_key", "eval.data_path")  # keys that ask a model in another way
 
 
 def tradeoff(material: Material) -> Figure:
@@ -221,26 +221,14 @@ def rates(material: Material) -> Figure:
 
 
 def robustness(material: Material) -> Figure:
-    """Forget ROUGE and model utility when the same models are asked in another way: the means of each method.
-
-    First the way in which most models were asked; then the others, of the models that were asked in both.
-    """
-    asked: dict[str, dict[str, Run]] = {}  # way of asking -> model -> its evaluation
-    names = [name for name in ATTACKS if len({str(run.keys.get(name)) for run in material.final}) > 1]
-    for run in material.final:
-        way = "\n".join(str(run.keys.get(name)).replace("question,", "") for name in names)
-        asked.setdefault(way, {})[run.of] = run
-    if len(asked) < 2:
-        raise Undrawn("no model was asked in two ways (question_key=paraphrased_question, or another data_path)")
-    ways = sorted(asked, key=lambda way: -len(asked[way]))
-    both = [of for of in asked[ways[0]] if any(of in asked[way] for way in ways[1:])]
+    """Forget ROUGE and model utility when the same models are asked in another way: the means of each method."""
+    ways = asked_again(material)
     page, panels = figure(1.9, 1, 2)
     for axes, metric in zip(panels, (ROUGE, UTILITY), strict=True):
         for method in material.methods():
-            models = [of for of in both if method_of(asked[ways[0]][of]) == method]
-            each = [values([asked[way][of] for of in models if of in asked[way]], metric) for way in ways]
+            each = [values([run for run in runs if method_of(run) == method], metric) for runs in ways.values()]
             known = [(i, float(np.mean(of))) for i, of in enumerate(each) if of]
-            if models:
+            if known:
                 colour, marker, _ = material.styles[method]
                 axes.plot(*zip(*known, strict=True), color=colour, marker=marker, ms=3, label=method)
         axes.set(xticks=range(len(ways)), xticklabels=[way.replace("_", "\n") for way in ways])
