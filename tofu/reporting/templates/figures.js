@@ -34,7 +34,7 @@ function layoutOf(figure, choice, width) {
     ...given, shapes, font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 12 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 8, b: 48 }, hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", tracegroupgap: 0, bgcolor: "rgba(0,0,0,0)" },
     modebar: { orientation: "v", bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--accent") },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", height: width < 480 ? 420 : 400,
     xaxis: { ...axis, ...given.xaxis }, yaxis: { ...axis, ...given.yaxis, ...y },

@@ -1,4 +1,5 @@
 // ---- the browser of generations ----
+const MOST = 2000; // rows in the list at a time
 const dialog = byId("browser");
 const ROLES = { truth: "Truth", before: "Before (starting model)", after: "After (this run)", retain: "Retain model" };
 const opened = new Map(); // run -> its rows and texts

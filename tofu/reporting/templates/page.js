@@ -4,7 +4,6 @@ const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const texts = JSON.parse(byId("texts-of").textContent); // which run has which blocks
 const runs = data.runs;
-const MOST = 2000; // rows in the list of the browser at a time
 const parsed = new Promise((done) => {
   if (document.readyState === "loading") addEventListener("DOMContentLoaded", done, { once: true });
   else done();
