@@ -145,7 +145,7 @@ def test_runs_without_texts_and_without_room_say_so(tmp_path, monkeypatch, caplo
     assert whole["bare"] == {"why": "its log holds no generations"}
     assert whole["csv"] == {"why": "there is no log of its rows"}
     assert sum("after" in one for one in whole.values()) == len(found.runs) - 2 and "left out</strong>" not in text
-    left = [generations.collect(found, room).left_out for room in range(0, 20_000, 100)]
+    left = [generations.collect(found, room).left_out for room in (*range(1000, 8000, 250), 10**6)]
     assert any(0 < len(one) < 5 and all("checkpoint-" in name for name in one) for one in left) and not left[-1]
     monkeypatch.setattr(site, "LIMIT", len(text.encode()) - 1)
     text, scripts, _ = page_of(tmp_path / "report", tmp_path / "runs")

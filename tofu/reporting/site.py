@@ -23,6 +23,7 @@ from tofu.reporting.runs import Collected, Run
 
 log = logging.getLogger(__name__)
 
+OWN = ("page.js", "table.js", "generations.js", "figures.js", "keys.js")  # one script, in this order
 PAGE, LIMIT = "index.html", 60_000_000  # bytes
 FEW = 40  # different values of a key from which on its filter is no list to choose from
 
@@ -159,9 +160,11 @@ def _filled(found: Collected, data: str, libraries: Mapping[str, str], texts: ge
     from markupsafe import Markup
 
     folder = importlib.resources.files("tofu.reporting") / "templates"
-    own = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css", "theme.js")}
-    scripts = {name: _script(own[f"{name}.js"]) for name in ("page", "theme")}
-    scripts["datatables"] = _script(libraries["datatables"])
+    own = {name: (folder / name).read_text(encoding="utf-8") for name in (*OWN, "theme.js", "page.css")}
+    parts = "\n".join(own[name] for name in OWN)
+    scripts = {"theme": own["theme.js"], "datatables": libraries["datatables"]}
+    scripts["page"] = f'(() => {{\n"use strict";\n{parts}}})();\n'
+    scripts = {name: _script(text) for name, text in scripts.items()}
     hashes = [_hash(text) for text in (*scripts.values(), libraries["plotly"])]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
