@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import MINI, REPO
 
+from tofu.runtime import manifest
+
 JOBS = 32
 DIVERGES = "npo_forget05_1e+30_2"  # the one of them whose rate is another
 FASTER = "${oc.select:forget_loss.by_split.${forget_loss.name}_${split}_${seed},2e-3}"
@@ -39,10 +41,14 @@ def finished(folder: Path) -> set[str]:
 
 
 def content(file: Path):
-    """A file's bytes; of a record of a training what does not tell how fast the machine was."""
-    if file.name not in ("trainer_state.json", "finished.json"):
+    """A file's bytes; of a run's records what does not tell how fast the machine was, nor where the run lies."""
+    if file.name not in ("trainer_state.json", "finished.json", "versions.json"):
         return file.read_bytes()
     found = json.loads(file.read_text())
+    for name in ("directory", "stages"):
+        found.pop(name, None)
+    for name in ("trainer_state.json", "versions.json"):  # their digests
+        found.get(manifest.KEY, {}).pop(name, None)
     for line in (found, *found.get("log_history", ())):
         for name in (*TIMES, "total_flos"):
             line.pop(name, None)
