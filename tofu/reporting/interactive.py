@@ -273,7 +273,8 @@ def rates(material: Material, index: Mapping[str, int], metrics: Sequence[str]) 
                 | _points(points, UTILITY, metric, index)
                 | {"x": [run.keys["lr"] for run in runs], "mode": "markers", "marker": _marker(style, 8)}
             )
-    axis = {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "power", "dtick": 1}
+    shown = plots.rates_shown(several)
+    axis = {"type": "log", "title": {"text": "learning rate"}, "tickvals": shown, "ticktext": [f"{x:g}" for x in shown]}
     return {"data": _one_entry(data), "layout": {"xaxis": axis}} | _choices(data)
 
 

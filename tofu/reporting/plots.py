@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,11 +213,19 @@ def rates(material: Material) -> Figure:
                 **spread,
             )
         axes.set(xscale="log", xlabel="learning rate")
+        shown = rates_shown(several)
+        axes.set_xticks(shown, labels=[f"{rate:g}" for rate in shown])
+        axes.minorticks_off()
         axes.set_ylabel(LABELS[metric])
         axes.margins(0.12)
-        axes.xaxis.set_minor_formatter("")
     legend(page, panels[0])
     return page
+
+
+def rates_shown(lines: Mapping[str, Sequence[Run]], most: int = 5) -> list[float]:
+    """The rates that an axis names: all that runs have, or every second one and so on, that their texts have room."""
+    found = sorted({float(run.keys["lr"]) for runs in lines.values() for run in runs})
+    return found[:: math.ceil(len(found) / most)]
 
 
 def robustness(material: Material) -> Figure:

@@ -29,13 +29,15 @@ async function read(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
+const SORT = [["evaluated", "desc"], ["run", "asc"]]; // where runs were evaluated on their way: their ends first
+
 // What a link keeps: search, order, columns, filters, the open run and row. Names, not numbers: a later report may
 // have other columns.
 const link = (() => {
   const found = new URLSearchParams(location.hash.slice(1));
   const json = (name, other) => { try { return JSON.parse(found.get(name)) ?? other; } catch { return other; } };
   return {
-    search: found.get("search") ?? "", sort: json("sort", []), columns: json("columns", null), filters: json("filters", {}),
+    search: found.get("search") ?? "", sort: json("sort", SORT), columns: json("columns", null), filters: json("filters", {}),
     length: json("length", 25), start: json("start", 0), run: found.get("run"), row: json("row", null),
   };
 })();
@@ -47,7 +49,7 @@ function keep(changes) {
     if (value !== null && text !== usual) found.set(name, text);
   };
   put("search", link.search, "");
-  put("sort", link.sort, "[]");
+  put("sort", link.sort, JSON.stringify(SORT));
   put("columns", link.columns, "");
   put("filters", link.filters, "{}");
   put("length", link.length, "25");
