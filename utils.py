@@ -216,7 +216,7 @@ def mode() -> int:
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` whole or not at all."""
     with atomic(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 def write_json(path: str | Path, value: Any) -> None:

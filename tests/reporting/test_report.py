@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
@@ -28,9 +30,10 @@ from tofu.reporting import (
     results,
     tables,
 )
+from tofu.reporting.runs import Number, Run
 
 pd = pytest.importorskip("pandas")
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 ONE = {"splits": ("forget10",), "methods": ("grad_ascent", "npo"), "rates": (1e-5, 1e-4)}
 
 
@@ -179,7 +182,13 @@ def test_tables(found):
         assert part in tex
     assert r"\times10^{-" in tex and "±" not in tex and "_ascent" not in tex.replace(r"\_ascent", "")
     minus = tables.differences(groups, "npo", metrics)
-    assert {group.method for group in minus} == {"finetuned", "retain model", "grad_ascent"}
+    lines = {tuple(group.keys.values()): group.cells["Model Utility"].mean for group in groups}
+    for group in minus:  # each with npo's line of the same rate; the finetuned and the retain model have another rate
+        rate = group.keys["lr"]
+        assert group.cells["Model Utility"].mean == pytest.approx(lines["grad_ascent", rate] - lines["npo", rate])
+    assert [tuple(group.keys.values()) for group in minus] == [("grad_ascent", 1e-5), ("grad_ascent", 1e-4)]
+    mixed = grouping.groups(found.final(), ["split"], metrics)
+    assert not any(group.cells[name].rank for group in mixed for name in metrics)
     full = pd.read_csv(pd.io.common.StringIO(tables.to_csv(groups, metrics)))
     assert list(full["runs"]) == [1, 2, 2, 2, 2, 2] and {"Model Utility std", "Model Utility n"} <= set(full)
 
@@ -204,6 +213,45 @@ def test_a_model_that_is_asked_in_another_way(tmp_path):
     for method, (before, after) in lines.items():
         assert [before, after] in [line["y"] for line in page["data"] if line["name"] == method]
         assert before == first[method].value("ROUGE Forget") and after > before
+
+
+def test_a_seed_without_a_number(tmp_path):
+    """A mean over a NaN is none, and has no deviation."""
+    runs_ = [Run(f"{i}", tmp_path, "ours", {"method": "npo", "seed": i}, {}, f"{i}") for i in range(2)]
+    for run, value in zip(runs_, (0.5, math.nan), strict=True):
+        run.metrics["Model Utility"] = Number(value, "max", tmp_path)
+    (line,) = grouping.groups(runs_, ["method"], ["Model Utility"])
+    cell = line.cells["Model Utility"]
+    assert math.isnan(cell.mean) and cell.deviation is None and cell.n == 2 and tables.cell(cell) == "nan"
+
+
+def test_names_of_any_length_and_signs(tmp_path):
+    """A legend as wide as its figure, with both ends of each name; LaTeX's signs; names that are no UTF-8."""
+    assert canvas.short("forget10_grad_ascent_1e-05_seed1", 20) == "forget10_g…-05_seed1"
+    with matplotlib.rc_context(canvas.STYLE):
+        page, axes = canvas.figure(2)
+        for i in range(6):
+            axes.plot([0, 1], [i, 1], label=f"tofu_Llama-3.2-1B-Instruct_forget10_a_method_of_mine_with_a_name_{i}")
+        canvas.legend(page, axes)
+        page.draw_without_rendering()
+    shown, whole = page.legends[0].get_window_extent(), page.bbox
+    assert whole.x0 <= shown.x0 and shown.x1 <= whole.x1 and len({t.get_text() for t in page.legends[0].texts}) == 6
+    assert latex.text("[x]* a_b <c>|") == r"{[}x{]}{*} a\_b \textless{}c\textgreater{}\textbar{}"
+    name = os.fsdecode(b"r\xff")
+    utils.write_text(tmp_path / "a.csv", f"{name},1\n")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "r\\udcff,1\n"
+
+
+def test_a_cut_log_costs_its_own_figure_alone(tmp_path):
+    """Of two methods one has a log that is cut: the other's distributions are drawn, and it is said."""
+    top = tmp_path / "runs"
+    sweep.sweep(top, splits=("forget05",), methods=("npo", "rmu"), rates=(1e-4,), seeds=(1,))
+    log = top / "forget05_rmu_0.0001_seed1" / "eval_forget05" / logs.AGGREGATED
+    found = results.collect([top])
+    log.write_text('{"eval_log_forget.json": {')
+    drawn = figures.draw(found, tmp_path / "figures", ["svg"])
+    said = [one for run in found.runs if run.keys["method"] == "rmu" for one in run.said]
+    assert drawn["truth_ratios"].files == ("truth_ratios.svg",) and any("no truth ratios: " in one for one in said)
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 3.3  # inches: a column of a two-column page
+LINE = 62  # letters of a legend's size over this width
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito's
 GREY, BLACK = "#7F7F7F", "#000000"
 MARKERS = "osD^vPXhp<>*8d"
@@ -117,10 +118,19 @@ def figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tup
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    """A legend above the axes, where it covers nothing."""
+    """A legend above the axes, where it covers nothing, in as many columns as its names leave room for."""
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=min(columns, len(unique)))
+    unique = {short(label, LINE): handle for label, handle in zip(labels, handles, strict=True)}
+    room = max(1, LINE // (max(map(len, unique), default=1) + 6))  # the sign before a name takes 6 letters' room
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=min(columns, room, len(unique)))
+
+
+def short(name: str, most: int) -> str:
+    """A name of at most `most` letters: what is too much goes out of its middle, for both ends tell names apart."""
+    if len(name) <= most:
+        return name
+    kept = most - 1
+    return f"{name[: (kept + 1) // 2]}…{name[len(name) - kept // 2 :]}"
 
 
 def need(runs: Sequence[Run], *metrics: str) -> list[Run]:

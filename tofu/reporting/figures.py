@@ -60,7 +60,7 @@ def draw(found: Collected, out: Path, formats: Sequence[str]) -> dict[str, Drawn
 
 def problem(run: Run) -> tuple[str, ...]:
     """What numbers in one figure have in common."""
-    return tuple(str(grouping.key_of(run, name)) for name in grouping.PROBLEM)
+    return grouping.problem_of(run)
 
 
 def label_of(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:

@@ -54,7 +54,8 @@ def of_log(file: Path, folder: Path, retain: Sequence[Path], start: Path | None,
             if beside.is_file():
                 (row, *_) = _csv(beside)
                 found = _filled(found, _of_row(row, beside))
-    run = Run("", folder, BENCHMARK, {"method": "", "truth_ratio": truth_ratio}, found, str(folder), file, taken)
+    keys = {"method": "", "truth_ratio": truth_ratio, "rows": rows_of(log)}
+    run = Run("", folder, BENCHMARK, keys, found, str(folder), file, taken)
     if file.name != logs.AGGREGATED:
         run.of = str(file)
     run.said, run.start = [] if run.value("Forget Quality") is not None else said, start
@@ -97,6 +98,7 @@ def of_openunlearning(folder: Path, retain: Sequence[Path], start: Path | None) 
         log = log_formats.as_aggregated(raw)
         found |= _theirs({name: one.get("agg_value") for name, one in raw.items() if isinstance(one, Mapping)}, file)
         run.log, run.start = file, start
+        run.keys["rows"] = rows_of(log)
     if summary.is_file():
         found |= _theirs(read_json(summary), summary)
     if file.is_file():
@@ -123,6 +125,12 @@ def read_log(file: Path) -> Mapping[str, Any]:
         return log_formats.as_aggregated(read_json(file))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} is not whole: a row without {error}") from None
+
+
+def rows_of(log: Mapping[str, Any]) -> int | None:
+    """The rows of a log's forget set, which tell splits apart where no record does."""
+    columns = log.get(logs.FORGET) or {}
+    return max((len(rows) for rows in columns.values() if isinstance(rows, Mapping)), default=None)
 
 
 def computed(

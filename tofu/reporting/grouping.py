@@ -14,8 +14,25 @@ from tofu.reporting.runs import DIRECTIONS, Run
 
 SEED, KIND, METHOD = "seed", "kind", "method"
 REFERENCES = (FINETUNED, RETAIN, PRETRAINED, RANDOM)  # no unlearning method: they compete for nothing
-FIRST = (KIND, "split", "family", "ds_size", "truth_ratio", METHOD, "lr", "num_epochs")  # keys as tables have them
-PROBLEM = (KIND, "split", "family", "ds_size", "truth_ratio")  # numbers are compared within one of these, and `eval.*`
+FIRST = (
+    KIND,
+    "split",
+    "family",
+    "ds_size",
+    "rows",
+    "truth_ratio",
+    METHOD,
+    "lr",
+    "num_epochs",
+)  # keys as tables have them
+PROBLEM = (
+    KIND,
+    "split",
+    "family",
+    "ds_size",
+    "rows",
+    "truth_ratio",
+)  # numbers are compared within one of these, and `eval.*`
 FORGETTING = ("Model Utility", "Forget Quality", "log10 Forget Quality", "ROUGE Forget", "Prob. Forget")
 TABLES = {  # table -> its metrics, as far as runs have them
     "main": (*FORGETTING, "Truth Ratio Forget"),
@@ -58,7 +75,8 @@ class Group:
         """Whether its numbers are a method's success: no reference model's, and of no model that has collapsed."""
         pairs = [(run.log, run.retain) for run in self.runs if run.log is not None and run.retain is not None]
         retain = any(log.resolve() == other.resolve() for log, other in pairs)  # compared with itself
-        return self.method not in REFERENCES and not self.collapsed and not retain
+        mixed = len({problem_of(run) for run in self.runs}) > 1
+        return self.method not in REFERENCES and not self.collapsed and not retain and not mixed
 
     @property
     def method(self) -> str:
@@ -158,9 +176,11 @@ def _cell(runs: Sequence[Run], metric: str) -> Cell:
     values = [one.value for one in known if one.value is not None]
     if not values:
         return Cell(None)
-    mean = statistics.fmean(values)
     if len(values) == 1:
-        return Cell(mean, n=1, interval=known[0].interval)
+        return Cell(values[0], n=1, interval=known[0].interval)
+    if not all(map(math.isfinite, values)):
+        return Cell(sum(values) / len(values), n=len(values))
+    mean = statistics.fmean(values)
     return Cell(mean, statistics.stdev(values), len(values))
 
 
@@ -173,6 +193,11 @@ def _sortable(name: str, value: Any) -> tuple:
 def order(method: str) -> tuple:
     """Where a method stands in tables, legends and colours: references first, then by name."""
     return (REFERENCES.index(method), "") if method in REFERENCES else (len(REFERENCES), method.lower(), method)
+
+
+def problem_of(run: Run) -> tuple[str, ...]:
+    """What numbers in one comparison have in common."""
+    return tuple(str(key_of(run, name)) for name in PROBLEM)
 
 
 def problem(group: Group) -> tuple:

@@ -14,7 +14,14 @@ PARTS = {  # metric -> the line above and its own
     "log10 Forget Quality": ("Forget Quality", r"$\log_{10} p$"),
 }
 ABOVE = {"Real Authors": "Real Authors", "Real World": "Real World", "Retain": "Retain set", "Forget": "Forget set"}
+LATIN = 0x17F  # the last letter of Unicode's Latin Extended-A, which pdflatex knows
 PACKAGES = "% needs \\usepackage{booktabs,graphicx}\n"
+OTHERS = "% has letters beyond the Latin ones: compile it with xelatex or lualatex\n"
+SIGNS = {  # a bracket or a star at a row's beginning would belong to the line's end before it
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "]": "{]}", "*": "{*}", tables.MARK: r"$^\dagger$"},
+}
 
 
 def to_latex(
@@ -45,7 +52,8 @@ def to_latex(
         "}",
         r"\end{table}",
     ]
-    return PACKAGES + "\n".join(line for line in lines if line) + "\n"
+    whole = "\n".join(line for line in lines if line) + "\n"
+    return PACKAGES + (OTHERS if any(ord(sign) > LATIN for sign in whole) else "") + whole
 
 
 def _titles(metrics: Sequence[str], first: int) -> tuple[list[str], list[str], list[str]]:
@@ -93,10 +101,7 @@ def _row(group: Group, metrics: Sequence[str], intervals: bool) -> list[str]:
 
 def text(plain: str) -> str:
     """A text as LaTeX shows it."""
-    for sign, escaped in (("\\", r"\textbackslash "), ("~", r"\textasciitilde "), ("^", r"\textasciicircum ")):
-        plain = plain.replace(sign, escaped)
-    plain = re.sub(r"([&%$#_{}])", r"\\\1", plain.replace(tables.MARK, "\0"))
-    return plain.replace("\0", r"$^\dagger$")
+    return "".join(SIGNS.get(sign, sign) for sign in plain)
 
 
 def number(plain: str) -> str:
@@ -106,8 +111,10 @@ def number(plain: str) -> str:
     return plain.replace("±", r"$\pm$")
 
 
-def caption(name: str) -> str:
-    """A table's caption."""
+def caption(name: str, chosen: bool = False) -> str:
+    """A table's caption; `chosen` as of `tables.note`."""
     table, _, baseline = name.partition("_minus_")
-    title = tables.TITLES.get(table, table) + (f", difference to {baseline.replace('_', ' ')}" if baseline else "")
-    return f"{text(title)}. {number(text(tables.NOTE))}"
+    title = text(tables.TITLES.get(table, table))
+    if baseline:
+        return f"{title}, differences of means to {text(baseline.replace('_', ' '))}."
+    return f"{title}. {number(text(tables.note(chosen)))}"

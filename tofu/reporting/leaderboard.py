@@ -49,6 +49,7 @@ def _read(file: Path, run: Run) -> dict[str, str]:
     missing += [name for name in NEEDED if run.value(name) is None]
     if missing:
         raise ValueError(f"the submission has no {', '.join(missing)}")
+    known[HOW] = " && ".join(line for line in str(known[HOW]).splitlines() if line.strip())
     return {key: utils.one_line(value) for key, value in known.items()}
 
 

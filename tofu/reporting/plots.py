@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import utils
 from tofu.evaluation import logs
 from tofu.evaluation.metrics import tofu as tofu_metrics
 from tofu.reporting import foreign, grouping
 from tofu.reporting.canvas import (
     BLACK,
     GREY,
+    LINE,
     QUALITY,
     ROUGE,
     UTILITY,
@@ -26,9 +28,11 @@ from tofu.reporting.canvas import (
     legend,
     method_of,
     need,
+    short,
     values,
 )
 from tofu.reporting.records import RETAIN
+from tofu.reporting.results import BROKEN
 from tofu.reporting.runs import Run
 
 if TYPE_CHECKING:
@@ -90,15 +94,22 @@ def truth_ratios(material: Material) -> Figure:
             chosen.setdefault(method_of(run), run)
     if not chosen:
         raise Undrawn("no run has a log and a retain model's log")
-    names = sorted(chosen, key=grouping.order)
+    read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, run in chosen.items():
+        try:
+            read[name] = ratios(run, Path(str(run.log))), ratios(run, Path(str(run.retain)))
+        except BROKEN as error:
+            run.said.append(f"no truth ratios: {utils.one_line(error)}")
+    if not read:
+        raise Undrawn("no log of a run and of its retain model can be read")
+    names = sorted(read, key=grouping.order)
     columns = min(2, len(names))
     lines = math.ceil(len(names) / columns)
     page, panels = figure(0.5 + 1.35 * lines, lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
-        run = chosen[name]
-        ours, theirs = ratios(run, Path(str(run.log))), ratios(run, Path(str(run.retain)))
+        ours, theirs = read[name]
         _gap(axes, ours, theirs, material.styles[name].colour)
-        axes.set_title(name)
+        axes.set_title(short(name, LINE // 2 - 6))
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
     for axes in panels.flat[max(0, len(names) - columns) : len(names)]:  # the lowest of each column that is there

@@ -98,7 +98,7 @@ def _tables(
                 contents[f"{title}.csv"] = tables.to_csv(groups, of)
                 contents[f"{title}.md"] = tables.to_markdown(groups, of, cfg["intervals"])
                 contents[f"{title}.tex"] = latex.to_latex(
-                    groups, of, cfg["intervals"], latex.caption(title), f"tab:{title}"
+                    groups, of, cfg["intervals"], latex.caption(title, cfg["group_by"] is not None), f"tab:{title}"
                 )
     kept = {name: text for name, text in contents.items() if name.rpartition(".")[2] in cfg["format"]}
     for name, text in kept.items():
@@ -133,7 +133,7 @@ def _index(
         f"{len(found.runs)} evaluations, all in [{RUNS}]({RUNS}); [leaderboard.csv](leaderboard.csv)"
         + ("; [index.html](index.html) to sort, filter and read generations." if SITE in cfg["format"] else "."),
         "",
-        tables.NOTE,
+        tables.note(cfg["group_by"] is not None),
         "",
     ]
     for name, of in metrics.items():

@@ -119,6 +119,9 @@ def numbers(found: Mapping[str, Mapping[str, Any]], file: Path) -> dict[str, Num
     for name, one in found.items():
         if not isinstance(one, Mapping) or "value" not in one or not isinstance(one["value"], int | float | None):
             raise ValueError(f"{file.name} holds no metrics: {name} has no value")
+        interval = one.get("interval")
+        if interval is not None and (not isinstance(interval, list) or len(interval) != 2):
+            raise ValueError(f"{file.name} holds no metrics: the interval of {name} has no two ends")
         direction = one.get("direction") or DIRECTIONS.get(name, "none")
         value = None if one["value"] is None else float(one["value"])
         read[name] = Number(value, direction, file, one.get("n"), one.get("interval"), one.get("reason"))

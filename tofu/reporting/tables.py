@@ -26,8 +26,18 @@ TITLES = {
 }
 NOTE = (
     "Best in bold, second underlined, among the methods of one problem (split, family, rows); finetuned, retain and "
-    f"collapsed models ({MARK}) do not compete. ± is the standard deviation over runs that differ in the seed alone."
+    f"collapsed models ({MARK}) do not compete. ± is the standard deviation over "
 )
+
+
+def note(chosen: bool) -> str:
+    """What a reader must know of the tables.
+
+    Args:
+        chosen: whether the keys of the lines were chosen by hand (`group_by`).
+    """
+    mixed = " A line with runs of several problems does not compete either."
+    return f"{NOTE}the runs of a line.{mixed}" if chosen else f"{NOTE}runs that differ in the seed alone."
 
 
 def frame(runs: Sequence[Run], intervals: bool = False) -> pd.DataFrame:
@@ -115,7 +125,7 @@ def to_csv(groups: Sequence[Group], metrics: Sequence[str]) -> str:
 
 
 def labels(group: Group) -> dict[str, str]:
-    """A group's keys as text, its method marked where it has collapsed, and its runs where there are several."""
+    """A group's keys as text, its method marked where it has collapsed."""
     found = {name: shown(name, value) for name, value in group.keys.items()}
     if group.collapsed:
         name = grouping.METHOD if grouping.METHOD in found else next(iter(found))
@@ -145,15 +155,28 @@ def plain(text: str) -> str:
 
 
 def differences(groups: Sequence[Group], baseline: str, metrics: Sequence[str]) -> list[Group]:
-    """What each line's means are above those of a method's of the same problem; lines without one are left out."""
-    of = {grouping.problem(group): group for group in groups if group.method == baseline}
+    """What each line's means are above those of a method's line of the same problem; lines without one are left out.
+
+    Of several lines of that method the one that has the other keys alike counts.
+    """
+    of: dict[tuple, list[Group]] = {}
+    for group in groups:
+        if group.method == baseline:
+            of.setdefault(grouping.problem(group), []).append(group)
     found = []
     for group in groups:
-        base = of.get(grouping.problem(group))
+        same = of.get(grouping.problem(group), [])
+        alike = same if len(same) == 1 else [one for one in same if _others(one) == _others(group)]
+        base = alike[0] if alike else None
         if base is not None and group.method != baseline:
             cells = {name: _minus(group.cells[name], base.cells[name]) for name in metrics}
             found.append(Group(group.keys, group.runs, cells))
     return found
+
+
+def _others(group: Group) -> dict[str, Any]:
+    """The keys of a line but the method."""
+    return {name: value for name, value in group.keys.items() if name != grouping.METHOD}
 
 
 def _minus(one: Cell, base: Cell) -> Cell:
