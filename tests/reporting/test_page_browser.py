@@ -149,6 +149,27 @@ def test_columns_chosen_by_hand_and_a_link_that_keeps_everything(visit, address)
     assert "run=" not in other.url and "search=npo" in other.url
 
 
+def test_a_link_within_the_page_keeps_the_state(visit, address):
+    """It goes to the part, by mouse and by keys; search and address stay, and nothing is loaded again."""
+    page = visit(address)
+    page.get_by_label("Search all runs").fill("npo")
+    page.wait_for_url("**#search=npo")
+    kept = page.url
+    page.evaluate("window.same = true")
+    for name, part in (("Figures", "figures"), ("Notes", "notes"), ("Runs", "runs")):
+        page.get_by_role("link", name=name, exact=True).click()
+        assert focused(page, "id") == part and page.evaluate("location.href") == kept
+        page.wait_for_function(f"document.getElementById('{part}').getBoundingClientRect().top < innerHeight")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert focused(page, "id") == "runs"
+    page.evaluate("location.hash = 'figures'")  # as if it was typed into the address
+    page.wait_for_url(kept)
+    assert focused(page, "id") == "figures" and page.evaluate("window.same") and shown(page) == 16
+    page.keyboard.press("Tab")
+    assert page.evaluate("!!document.activeElement.closest('#figures, #notes')")
+
+
 def test_a_number_leads_to_its_file(visit, address):
     page = visit(address)
     link = page.locator("#table tbody td a").first

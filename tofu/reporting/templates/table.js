@@ -152,4 +152,21 @@ byId("table").addEventListener("click", (event) => {
   const button = event.target.closest("button.open");
   if (button) openRun(runs.indexOf(table.row(button.closest("tr")).data()));
 });
-addEventListener("hashchange", () => location.reload()); // the reader pasted another link
+
+// A link to a part of the page goes there by hand: the browser would put the part in the place of what the link keeps.
+function goTo(part) {
+  part.tabIndex = -1; // the next Tab goes on from there
+  part.focus({ preventScroll: true });
+  part.scrollIntoView();
+}
+addEventListener("click", (event) => {
+  const part = !event.ctrlKey && !event.metaKey && !event.shiftKey && byId(event.target.closest('a[href^="#"]')?.hash.slice(1));
+  if (!part) return;
+  event.preventDefault();
+  goTo(part);
+});
+addEventListener("hashchange", () => {
+  const part = byId(location.hash.slice(1));
+  if (!part) location.reload(); // the reader pasted another link
+  else { keep({}); goTo(part); }
+});
