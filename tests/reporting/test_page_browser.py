@@ -300,6 +300,8 @@ def test_a_phone(visit, address, dark):
     assert page.evaluate(
         "(e => e.scrollWidth > e.clientWidth)(document.querySelector('.dt-layout-table .dt-layout-cell'))"
     )
+    cut = "[...document.querySelectorAll('button.open')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.evaluate(cut) == 0, "names that begin alike are seen to their ends"
     page.locator("figure").first.scroll_into_view_if_needed()
     page.locator(".plot[data-name=tradeoff][data-drawn]").wait_for()
     assert page.evaluate(wide)

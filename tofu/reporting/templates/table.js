@@ -18,7 +18,7 @@ function valueOf(run, column) {
 function cellOf(run, column) {
   const value = valueOf(run, column);
   if (column.kind === "run") {
-    return make("button", { type: "button", className: "open", textContent: run.name, title: `${run.name}: its generations` });
+    return make("button", { type: "button", className: "open", title: `${run.name}: its generations` }, ...parts(run.name));
   }
   if (column.kind === "metric" && column.name in run.numbers) {
     const [, file, note] = run.numbers[column.name];
@@ -27,6 +27,7 @@ function cellOf(run, column) {
   }
   if (column.kind === "metric") return "-";
   if (column.name === "state") return make("span", { textContent: value, title: run.collapsed.join("; ") });
+  if (typeof value === "string") return make("span", { className: "value" }, ...parts(value));
   return escaped(value === null ? "" : brief(value));
 }
 const isNumeric = (column) => column.kind === "metric" || runs.every((run) => {
