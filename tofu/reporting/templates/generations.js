@@ -72,7 +72,7 @@ function list(row = null) {
     });
   }
   const shown = hits.slice(0, MOST);
-  byId("count").textContent = `${hits.length} rows` + (wanted ? ` in ${opened.size} opened runs` : "")
+  byId("count").textContent = counted(hits.length, "row") + (wanted ? ` in ${counted(opened.size, "opened run")}` : "")
     + (hits.length > MOST ? `, the first ${MOST} are listed` : "");
   let heading = null;
   byId("rows").replaceChildren(...shown.flatMap(([i, k], n) => {

@@ -14,6 +14,7 @@ function make(tag, properties, ...children) {
   node.append(...children);
   return node;
 }
+const counted = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 // A name's parts: a long one is wrapped after "_" and "/", so that its end, which tells it from others, is seen
 const parts = (name) => String(name).split(/(?<=[_/])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
