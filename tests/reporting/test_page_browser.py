@@ -120,10 +120,20 @@ def test_sorted_filtered_searched(visit, address):
     page.locator(".dtcc-list").get_by_role("button", name="finetuned").click()
     page.keyboard.press("Escape")
     assert shown(page) == 1 and column(page, 1) == ["full/eval_forget10"]
+    page.get_by_role("button", name="Values of method").click()
+    page.locator(".dtcc-list").get_by_text("Deselect").click()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Values of lr").click()
+    page.locator(".dtcc-list").get_by_role("button", name="1e-5").click()
+    page.keyboard.press("Escape")
+    assert shown(page) == 16 and set(column(page, names.index("lr") + 1)) == {"1e-5"}
     page.get_by_role("button", name="Reset", exact=True).click()
     page.wait_for_selector("html[data-ready]", state="attached")
     page.get_by_label("Search all runs").fill("repeats itself")
     assert shown(page) == 2, "a search finds what no column shows"
+    page.get_by_role("button", name="Values of state").click()
+    assert "† collapsed" in page.locator(".dtcc-list").inner_text()
+    page.keyboard.press("Escape")
     page.get_by_label("Search all runs").fill("collapsed")
     assert shown(page) == 2 and page.locator("tr.collapsed td", has_text="† collapsed").count() == 2
 

@@ -26,8 +26,6 @@ function cellOf(run, column) {
     return make("a", { href: data.files[file], title, textContent: rounded(value, column.name.startsWith("log10")) });
   }
   if (column.kind === "metric") return "-";
-  if (column.name === "state") return make("span", { textContent: value, title: run.collapsed.join("; ") });
-  if (typeof value === "string") return make("span", { className: "value" }, ...parts(value));
   return escaped(value === null ? "" : brief(value));
 }
 const isNumeric = (column) => column.kind === "metric" || runs.every((run) => {
@@ -36,7 +34,7 @@ const isNumeric = (column) => column.kind === "metric" || runs.every((run) => {
 });
 function columnOf(column) {
   const numeric = column.kind !== "run" && column.kind !== "text" && isNumeric(column);
-  const filter = column.few && !numeric ? [{ extend: "dropdown", text: `Values of ${column.name}`, icon: "search", content: ["searchList"] }] : [];
+  const filter = column.few ? [{ extend: "dropdown", text: `Values of ${column.name}`, icon: "search", content: ["searchList"] }] : [];
   return {
     name: column.name, title: escaped(column.title ?? column.name),
     type: numeric ? "num" : "string", className: numeric ? "dt-right" : "dt-left",
@@ -44,6 +42,10 @@ function columnOf(column) {
       if (type === "display") return cellOf(run, column);
       const value = valueOf(run, column);
       return type === "filter" ? escaped(value ?? "") : value;
+    },
+    createdCell: (cell, _, run) => { // not in cellOf: a list of values shows only what is text there
+      if (column.name === "state") cell.title = run.collapsed.join("; ");
+      if (column.kind === "key" && !numeric) cell.replaceChildren(make("span", { className: "value" }, ...parts(cell.textContent)));
     },
     columnControl: [{ target: 0, content: filter }, { target: 1, content: [{ extend: "search", titleAttr: `Filter ${column.name}` }] }],
   };
