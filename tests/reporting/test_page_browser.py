@@ -288,7 +288,7 @@ def test_figures(visit, address):
     for name in ("tradeoff", "utility", "truth_ratios", "over_steps", "aggregates", "rates"):
         page.locator(f".plot[data-name={name}]").scroll_into_view_if_needed()
         page.locator(f".plot[data-name={name}][data-drawn]").wait_for()
-    assert "no run was attacked" in page.locator(".missing").inner_text()
+    assert "no model was asked in two ways" in page.locator(".missing").inner_text()
     page.locator("figure").first.scroll_into_view_if_needed()
     box = page.locator("figure").first.locator(".scatterlayer .points path").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

@@ -94,7 +94,7 @@ addEventListener("theme", drawAgain);
 // ---- on paper ----
 // A browser waits for nothing that is not done when "beforeprint" returns: Plotly's script is unpacked before. The class
 // `paper` has the looks, light ones also where the page is dark; the table is made as small as its columns need.
-setTimeout(() => (window.requestIdleCallback ?? setTimeout)(() => unpackCode().catch(() => {})), 1000);
+setTimeout(() => (window.requestIdleCallback ?? setTimeout)(() => unpackCode().catch(() => {})), 2000);
 let wasDark = false;
 addEventListener("beforeprint", () => {
   if (printing) return;

@@ -28,7 +28,9 @@ function unpack(id) {
 async function read(id) {
   await parsed;
   if (typeof DecompressionStream === "undefined") throw new Error("this browser is too old: it has no DecompressionStream");
-  const bytes = Uint8Array.from(atob(byId(id).textContent), (sign) => sign.charCodeAt(0));
+  const signs = atob(byId(id).textContent);
+  const bytes = new Uint8Array(signs.length);
+  for (let i = 0; i < signs.length; i++) bytes[i] = signs.charCodeAt(i); // Uint8Array.from takes many times as long
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
