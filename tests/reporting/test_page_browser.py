@@ -90,6 +90,15 @@ def focused(page, what: str = "textContent") -> str:
     return page.evaluate(f"document.activeElement.{what}")
 
 
+def wait(page, condition: str) -> None:
+    """Until it holds: Playwright's own `wait_for_function` asks by `eval`, which the page's policy forbids."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(condition)
+
+
 def test_sorted_filtered_searched(visit, address):
     """Every way to find a run, one after another, and what a number is made of."""
     page = visit(address)
@@ -111,10 +120,20 @@ def test_sorted_filtered_searched(visit, address):
     page.locator(".dtcc-list").get_by_role("button", name="finetuned").click()
     page.keyboard.press("Escape")
     assert shown(page) == 1 and column(page, 1) == ["full/eval_forget10"]
+    page.get_by_role("button", name="Values of method").click()
+    page.locator(".dtcc-list").get_by_text("Deselect").click()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Values of lr").click()
+    page.locator(".dtcc-list").get_by_role("button", name="1e-5").click()
+    page.keyboard.press("Escape")
+    assert shown(page) == 16 and set(column(page, names.index("lr") + 1)) == {"1e-5"}
     page.get_by_role("button", name="Reset", exact=True).click()
     page.wait_for_selector("html[data-ready]", state="attached")
     page.get_by_label("Search all runs").fill("repeats itself")
     assert shown(page) == 2, "a search finds what no column shows"
+    page.get_by_role("button", name="Values of state").click()
+    assert "† collapsed" in page.locator(".dtcc-list").inner_text()
+    page.keyboard.press("Escape")
     page.get_by_label("Search all runs").fill("collapsed")
     assert shown(page) == 2 and page.locator("tr.collapsed td", has_text="† collapsed").count() == 2
 
@@ -149,6 +168,27 @@ def test_columns_chosen_by_hand_and_a_link_that_keeps_everything(visit, address)
     assert "run=" not in other.url and "search=npo" in other.url
 
 
+def test_a_link_within_the_page_keeps_the_state(visit, address):
+    """It goes to the part, by mouse and by keys; search and address stay, and nothing is loaded again."""
+    page = visit(address)
+    page.get_by_label("Search all runs").fill("npo")
+    page.wait_for_url("**#search=npo")
+    kept = page.url
+    page.evaluate("window.same = true")
+    for name, part in (("Figures", "figures"), ("Notes", "notes"), ("Runs", "runs")):
+        page.get_by_role("link", name=name, exact=True).click()
+        assert focused(page, "id") == part and page.evaluate("location.href") == kept
+        wait(page, f"document.getElementById('{part}').getBoundingClientRect().top < innerHeight")
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert focused(page, "id") == "runs"
+    page.evaluate("location.hash = 'figures'")  # as if it was typed into the address
+    page.wait_for_url(kept)
+    assert focused(page, "id") == "figures" and page.evaluate("window.same") and shown(page) == 16
+    page.keyboard.press("Tab")
+    assert page.evaluate("!!document.activeElement.closest('#figures, #notes')")
+
+
 def test_a_number_leads_to_its_file(visit, address):
     page = visit(address)
     link = page.locator("#table tbody td a").first
@@ -178,7 +218,7 @@ def test_a_generation(visit, address):
     page.get_by_role("button", name=QUIET).click()
     assert page.locator("#texts h3").inner_text() == "Forget 3", "the row stays, so that runs can be compared"
     page.get_by_label("Search the opened runs").fill("wrote <")
-    page.wait_for_selector("#count:has-text('1 rows in 2 opened runs')")
+    page.wait_for_selector("#count:has-text('1 row in 2 opened runs')")
     assert page.locator("#browser-title").inner_text() == LOUD
     page.get_by_label("Search the opened runs").fill("no such words")
     page.wait_for_selector("#texts:has-text('No row matches')")
@@ -212,9 +252,13 @@ def test_by_keys_alone(visit, address):
     page.keyboard.press("/")
     page.keyboard.type("so")
     assert focused(page, "id") == "find"
+    page.wait_for_selector("#count:has-text('96 rows in 2 opened runs')")
     page.keyboard.press("Escape")
-    if page.locator("#browser").is_visible():  # the first one clears the field
-        page.keyboard.press("Escape")
+    page.wait_for_selector("#count:text-is('48 rows')")
+    assert page.locator("#browser").is_visible() and focused(page, "id") == "rows"
+    page.keyboard.press("j")
+    assert page.locator("#texts h3").inner_text() == "Forget 2" and not page.locator("#find").input_value()
+    page.keyboard.press("Escape")
     page.wait_for_selector("#browser", state="hidden")
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
@@ -244,13 +288,13 @@ def test_figures(visit, address):
     for name in ("tradeoff", "utility", "truth_ratios", "over_steps", "aggregates", "rates"):
         page.locator(f".plot[data-name={name}]").scroll_into_view_if_needed()
         page.locator(f".plot[data-name={name}][data-drawn]").wait_for()
-    assert "no run was attacked" in page.locator(".missing").inner_text()
+    assert "no model was asked in two ways" in page.locator(".missing").inner_text()
     page.locator("figure").first.scroll_into_view_if_needed()
     box = page.locator("figure").first.locator(".scatterlayer .points path").last.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     hover = page.locator("figure .hoverlayer").first
     hover.wait_for(state="attached")
-    page.wait_for_function("document.querySelector('.hoverlayer').textContent.includes('method')")
+    wait(page, "document.querySelector('.hoverlayer').textContent.includes('method')")
     name = next(
         run
         for run in page.evaluate("[...JSON.parse(document.getElementById('data').textContent).runs].map(r => r.name)")
@@ -266,6 +310,28 @@ def test_figures(visit, address):
     page.wait_for_selector("figure .ytitle:has-text('ROUGE Forget')")
 
 
+def test_on_paper(visit, address, tmp_path):
+    """All figures are drawn and the table is as wide as the paper, in light colours; the screen is then as it was."""
+    page = visit(address, color_scheme="dark")
+    drawn = "document.querySelectorAll('.plot[data-drawn]').length"
+    right = "Math.round(document.querySelector({}).getBoundingClientRect().right)"
+    table, figure, paper = (right.format(f"'{of}'") for of in ("#table", ".plot .main-svg", "body"))
+    ink = "getComputedStyle(document.body).color"
+    page.evaluate(
+        f"addEventListener('beforeprint', () => {{ window.seen = [{drawn}, {table}, {figure}, {paper}, {ink}]; }})"
+    )
+    wide = page.evaluate(table)
+    page.wait_for_selector("html.printable", state="attached")
+    page.pdf(path=tmp_path / "page.pdf")
+    figures, table_right, figure_right, paper_right, colour = page.evaluate("window.seen")
+    assert figures == page.locator(".plot").count() == 6
+    assert wide > 900 and max(table_right, figure_right) <= paper_right <= 670, "17.5 cm, at 96 pixels an inch"
+    assert colour == "rgb(28, 28, 28)"
+    wait(page, f"{ink} === 'rgb(232, 232, 232)' && {table} === {wide}")
+    fits = "e => e.querySelector('.main-svg').clientWidth === e.clientWidth"
+    wait(page, f"[...document.querySelectorAll('.plot')].every({fits})")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone(visit, address, dark):
@@ -279,6 +345,8 @@ def test_a_phone(visit, address, dark):
     assert page.evaluate(
         "(e => e.scrollWidth > e.clientWidth)(document.querySelector('.dt-layout-table .dt-layout-cell'))"
     )
+    cut = "[...document.querySelectorAll('button.open')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.evaluate(cut) == 0, "names that begin alike are seen to their ends"
     page.locator("figure").first.scroll_into_view_if_needed()
     page.locator(".plot[data-name=tradeoff][data-drawn]").wait_for()
     assert page.evaluate(wide)

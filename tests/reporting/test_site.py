@@ -122,7 +122,7 @@ def test_what_a_model_wrote_can_not_leave_its_place(tmp_path):
     sweep.write(tmp_path / "runs" / "z" / logs.AGGREGATED, log)
     sweep.write(tmp_path / "runs" / "<b>broken" / logs.AGGREGATED, {})
     text, scripts, found = page_of(tmp_path / "report", tmp_path / "runs")
-    assert len(found.runs) == 2 and len(found.refused) == 1
+    assert len(found.runs) == 2 and len(found.refused) == 1 and "1 result was not taken" in text
     outside = re.sub(r"<style>.*?</style>", "", SCRIPT.sub("", text), flags=re.DOTALL)
     assert "pwned" in outside and not re.search(r"<script|<img|<b>(npo|broken)", outside)
     assert not re.search(r"[<>&\u2028]", scripts["data"] + scripts["texts-of"])
@@ -150,7 +150,8 @@ def test_runs_without_texts_and_without_room_say_so(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(site, "LIMIT", len(text.encode()) - 1)
     text, scripts, _ = page_of(tmp_path / "report", tmp_path / "runs")
     left = [name for name, one in json.loads(scripts["texts-of"])["of"].items() if "left out" in one.get("why", "")]
-    assert f"The generations of {len(left)} runs are left out</strong>" in text and "are left out" in caplog.text
+    runs = "1 run" if len(left) == 1 else f"{len(left)} runs"
+    assert f"The generations of {runs} are left out</strong>" in text and f"{runs} are left out" in caplog.text
     assert len(text.encode()) <= site.LIMIT
     monkeypatch.setattr(site, "LIMIT", 10**6)
     with pytest.raises(utils.BadInput, match="format=html: index.html would have . MB even without generations"):

@@ -43,8 +43,8 @@ def write(out: Path, cfg: Mapping[str, Any], found: Collected, metrics: Mapping[
     empty = len(_filled(found, data, libraries, generations.Shown()).encode())
     texts = generations.collect(found, LIMIT - empty)
     if texts.left_out:
-        n = len(texts.left_out)
-        log.warning("%s: the generations of %d runs are left out, %d MB is its limit", PAGE, n, LIMIT // 10**6)
+        runs = "1 run" if len(texts.left_out) == 1 else f"{len(texts.left_out)} runs"
+        log.warning("%s: the generations of %s are left out, %d MB is its limit", PAGE, runs, LIMIT // 10**6)
     page = _filled(found, data, libraries, texts)
     if (size := len(page.encode())) > LIMIT:
         raise utils.BadInput(

@@ -49,7 +49,7 @@ function head(i) {
 const rowOf = ([run, row]) => opened.get(run).rows[row];
 function showOpened() {
   byId("opened").replaceChildren(...[...opened.keys()].map((i) => {
-    const button = make("button", { type: "button", textContent: runs[i].name, title: `show ${runs[i].name}` });
+    const button = make("button", { type: "button", title: `show ${runs[i].name}` }, ...parts(runs[i].name));
     button.setAttribute("aria-pressed", i === current);
     button.addEventListener("click", () => openRun(i));
     return button;
@@ -72,7 +72,7 @@ function list(row = null) {
     });
   }
   const shown = hits.slice(0, MOST);
-  byId("count").textContent = `${hits.length} rows` + (wanted ? ` in ${opened.size} opened runs` : "")
+  byId("count").textContent = counted(hits.length, "row") + (wanted ? ` in ${counted(opened.size, "opened run")}` : "")
     + (hits.length > MOST ? `, the first ${MOST} are listed` : "");
   let heading = null;
   byId("rows").replaceChildren(...shown.flatMap(([i, k], n) => {
@@ -129,7 +129,7 @@ function card(role, name, source, text, reference) {
   else if (!text) body.append(make("i", { textContent: "(empty)" }));
   else body.append(...marked(reference, text).map(([differs, part]) => (differs ? make("mark", { textContent: part }) : part)));
   const title = make("h4", { textContent: name });
-  if (source) title.append(make("small", { textContent: source, title: source }));
+  if (source) title.append(make("small", {}, ...parts(source)));
   return make("section", { className: `card ${role}` }, title, body);
 }
 // A text's parts, [whether its words are not in the reference, part]: the longest common subsequence of words

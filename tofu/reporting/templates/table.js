@@ -18,7 +18,7 @@ function valueOf(run, column) {
 function cellOf(run, column) {
   const value = valueOf(run, column);
   if (column.kind === "run") {
-    return make("button", { type: "button", className: "open", textContent: run.name, title: `${run.name}: its generations` });
+    return make("button", { type: "button", className: "open", title: `${run.name}: its generations` }, ...parts(run.name));
   }
   if (column.kind === "metric" && column.name in run.numbers) {
     const [, file, note] = run.numbers[column.name];
@@ -26,7 +26,6 @@ function cellOf(run, column) {
     return make("a", { href: data.files[file], title, textContent: rounded(value, column.name.startsWith("log10")) });
   }
   if (column.kind === "metric") return "-";
-  if (column.name === "state") return make("span", { textContent: value, title: run.collapsed.join("; ") });
   return escaped(value === null ? "" : brief(value));
 }
 const isNumeric = (column) => column.kind === "metric" || runs.every((run) => {
@@ -35,7 +34,7 @@ const isNumeric = (column) => column.kind === "metric" || runs.every((run) => {
 });
 function columnOf(column) {
   const numeric = column.kind !== "run" && column.kind !== "text" && isNumeric(column);
-  const filter = column.few && !numeric ? [{ extend: "dropdown", text: `Values of ${column.name}`, icon: "search", content: ["searchList"] }] : [];
+  const filter = column.few ? [{ extend: "dropdown", text: `Values of ${column.name}`, icon: "search", content: ["searchList"] }] : [];
   return {
     name: column.name, title: escaped(column.title ?? column.name),
     type: numeric ? "num" : "string", className: numeric ? "dt-right" : "dt-left",
@@ -43,6 +42,10 @@ function columnOf(column) {
       if (type === "display") return cellOf(run, column);
       const value = valueOf(run, column);
       return type === "filter" ? escaped(value ?? "") : value;
+    },
+    createdCell: (cell, _, run) => { // not in cellOf: a list of values shows only what is text there
+      if (column.name === "state") cell.title = run.collapsed.join("; ");
+      if (column.kind === "key" && !numeric) cell.replaceChildren(make("span", { className: "value" }, ...parts(cell.textContent)));
     },
     columnControl: [{ target: 0, content: filter }, { target: 1, content: [{ extend: "search", titleAttr: `Filter ${column.name}` }] }],
   };
@@ -152,4 +155,21 @@ byId("table").addEventListener("click", (event) => {
   const button = event.target.closest("button.open");
   if (button) openRun(runs.indexOf(table.row(button.closest("tr")).data()));
 });
-addEventListener("hashchange", () => location.reload()); // the reader pasted another link
+
+// A link to a part of the page goes there by hand: the browser would put the part in the place of what the link keeps.
+function goTo(part) {
+  part.tabIndex = -1; // the next Tab goes on from there
+  part.focus({ preventScroll: true });
+  part.scrollIntoView();
+}
+addEventListener("click", (event) => {
+  const part = !event.ctrlKey && !event.metaKey && !event.shiftKey && byId(event.target.closest('a[href^="#"]')?.hash.slice(1));
+  if (!part) return;
+  event.preventDefault();
+  goTo(part);
+});
+addEventListener("hashchange", () => {
+  const part = byId(location.hash.slice(1));
+  if (!part) location.reload(); // the reader pasted another link
+  else { keep({}); goTo(part); }
+});
