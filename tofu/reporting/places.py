@@ -95,21 +95,37 @@ def once(runs: Sequence[Run]) -> tuple[list[Run], list[Refused]]:
     sizes = Counter(run.of for run in different)
     measured = Counter(run.of for run in different for one in run.metrics.values() if one.value is not None)
     first: dict[tuple, list[Run]] = {}
-    copies = []
-    for run in sorted(different, key=lambda run: (-sizes[run.of], -measured[run.of], not _within(run))):
-        known = first.setdefault((run.kind, run.step, run.checkpoint, str(run.keys), run.digest or run.of), [])
-        same_numbers = [one for one in known if _values(one) == _values(run)]
-        others = [one for one in known if one.of != run.of]  # a model evaluated again, by more metrics, is no copy
-        copied = next(iter((*same_numbers, *others)), None)
-        if copied is None:
+    copies: dict[tuple[str, str], list[tuple[Run, Run]]] = {}  # by both trainings
+    order = sorted(different, key=lambda run: (-sizes[run.of], -measured[run.of], run.log is None, not _within(run)))
+    for run in order:
+        known = first.setdefault((run.kind, run.step, run.checkpoint, str(run.keys)), [])
+        other = _copied(run, known)
+        if other is None:
             known.append(run)
         else:
-            copies.append((run, copied))
-    gone = {id(run) for run, _ in copies}
-    refused = [
-        Refused(place_of(run), f"a copy of {place_of(other)}: the same log, seed and settings") for run, other in copies
-    ]
-    return [run for run in different if id(run) not in gone], refused
+            copies.setdefault((run.of, other.of), []).append((run, other))
+    gone = {id(run) for pairs in copies.values() for run, _ in pairs}
+    return [run for run in different if id(run) not in gone], [_said(pairs) for pairs in copies.values()]
+
+
+def _copied(run: Run, known: Sequence[Run]) -> Run | None:
+    """Which of some runs with the same settings another one is a copy of; without a log the numbers tell."""
+    logless = [one for one in known if None in (one.log, run.log) and _values(one) == _values(run)]
+    same = [one for one in known if None not in (one.log, run.log) and one.digest == run.digest]
+    same_numbers = [one for one in same if _values(one) == _values(run)]
+    others = [one for one in same if one.of != run.of]  # a model that was evaluated again, by more metrics, is no copy
+    return next(iter((*same_numbers, *others, *logless)), None)
+
+
+def _said(pairs: Sequence[tuple[Run, Run]]) -> Refused:
+    """The line of one copied run, or of all that are copied from one training."""
+    run, other = pairs[0]
+    if len(pairs) == 1:
+        return Refused(place_of(run), f"a copy of {place_of(other)}: the same log, seed and settings")
+    return Refused(
+        Path(run.of),
+        f"{len(pairs)} evaluations of it are copies of those of {other.of}: the same logs, seed and settings",
+    )
 
 
 def _within(run: Run) -> bool:

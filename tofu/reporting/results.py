@@ -113,19 +113,28 @@ def _below(top: Path, given: Given, found: list[Run], refused: list[Refused], st
 
 def _reader(folder: Path, there: set[str]) -> Callable[[Path, Given], list[Run]] | None:
     """What reads a folder with such files; None where it holds no evaluation."""
-    whole = logs.AGGREGATED in there
-    if METRICS in there and (whole or CONFIG in there or records.step_in(folder.name) is not None):
-        return _ours  # perhaps without its log, which is large
-    if whole and {CONFIG, VERSIONS} <= there:
-        return _ours
-    if whole:
+    if logs.AGGREGATED in there:
+        if METRICS in there or {CONFIG, VERSIONS} <= there:
+            return _ours
         return lambda folder, given: [foreign.of_log(folder / logs.AGGREGATED, folder, *given)]
+    other = _without_log(there)
+    if other is None:
+        return None
+    checkpoint = other is _half and METRICS in there and records.step_in(folder.name) is not None
+
+    def read(folder: Path, given: Given) -> list[Run]:
+        ours = checkpoint or records.evaluates(records.config(folder))  # its log, which is large, was not kept
+        return _ours(folder, given) if ours else other(folder, given)
+
+    return read
+
+
+def _without_log(there: set[str]) -> Callable[[Path, Given], list[Run]] | None:
+    """What reads a folder of another suite's with such files, none of which is an aggregated log."""
     if {foreign.EVAL, foreign.SUMMARY} & there:
         return lambda folder, given: [foreign.of_openunlearning(folder, given.retain, given.start)]
     if csvs := sorted(there & {*foreign.STATISTICS}):
-        return lambda folder, given: (
-            _ours(folder, given) if records.evaluates(records.config(folder)) else foreign.of_csv(folder / csvs[0])
-        )
+        return lambda folder, given: foreign.of_csv(folder / csvs[0])
     if METRICS in there or any(Path(name).match(pattern) for name in there for pattern in LOGS):
         return _half
     return None
