@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_type_hints
 
 import hydra
@@ -76,8 +76,10 @@ def _renamed(argv: list[str]) -> list[str]:
 VALUED = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
 
 
-def _bare_paths(argv: list[str], key: str) -> list[str]:
+def _bare_paths(argv: list[str], key: str, keys: Iterable[str] = ()) -> list[str]:
     """A command line whose bare words, which are paths, stand in one list, KEY=[...], quoted for Hydra.
+
+    A word with "=" is a path if there is one, as long as what stands before it is none of `keys`.
 
     Raises:
         BadInput: there are bare words, and the key too.
@@ -85,7 +87,10 @@ def _bare_paths(argv: list[str], key: str) -> list[str]:
     bare = [
         i
         for i, arg in enumerate(argv)
-        if i and not arg.startswith("-") and "=" not in arg and argv[i - 1] not in VALUED
+        if i
+        and not arg.startswith("-")
+        and ("=" not in arg or (os.path.exists(arg) and arg.partition("=")[0].lstrip("+~") not in keys))
+        and argv[i - 1] not in VALUED
     ]
     if not bare:
         return argv
@@ -114,7 +119,7 @@ def entry(config_name: str, after: Callable[[], None] = lambda: None, paths: str
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
             kind, held, jobs = _kind(config_name), io.StringIO(), Jobs(task, after, sys.argv, _log)
             try:
-                typed = sys.argv if paths is None else _bare_paths(sys.argv, paths)
+                typed = sys.argv if paths is None else _bare_paths(sys.argv, paths, get_type_hints(kind))
             except BadInput as error:
                 return stop(error)
             jobs.argv = argv = sweeps.spread(_renamed(typed), kind)

@@ -167,15 +167,21 @@ def _shared(path: Path, other: Path) -> int:
 
 def signs(log: Mapping[str, Any], run: Run, start: Path | None) -> list[str]:
     """The signs of a collapse that a log's texts, and a starting model's log, tell."""
-    known = read_log(start) if start is not None and start.is_file() else {}
-    of_start = _texts(known)
-    if known and not logs.missing_sets(known) and not logs.uncompared(known):
-        of_start |= {collapse.UTILITY: tofu_metrics.utility(known)[collapse.UTILITY]}
+    known = of_start(read_log(start)) if start is not None and start.is_file() else {}
     values = {name: one.value for name, one in run.metrics.items() if one.value is not None}
-    return collapse.signs({**values, **_texts(log)}, of_start, LIMITS)
+    return collapse.signs({**values, **of_texts(log)}, known, LIMITS)
 
 
-def _texts(log: Mapping[str, Any]) -> dict[str, float]:
+def of_start(log: Mapping[str, Any]) -> dict[str, float]:
+    """What a starting model's log tells of its utility and its texts."""
+    found = of_texts(log)
+    if log and not logs.missing_sets(log) and not logs.uncompared(log):
+        found |= {collapse.UTILITY: tofu_metrics.utility(log)[collapse.UTILITY]}
+    return found
+
+
+def of_texts(log: Mapping[str, Any]) -> dict[str, float]:
+    """What the texts of a log's forget set tell (`collapse.of_texts`); {} where it has none."""
     texts = log.get(f"{logs.FORGET}.json", {}).get("generated_text") if log else None
     rows = logs.rows(log, logs.FORGET, "generated_text").values() if texts else ()
     return collapse.of_texts([row[1] for row in rows])

@@ -117,7 +117,8 @@ def located(folder: Path, named: str | None, made: str | None = None) -> Path | 
     if not named:
         return None
     parts = Path(named).parts
-    ends = [Path(*parts[i:]) for i in range(max(1, len(parts) - 2))]  # as named, or the runs moved together
+    fewest = 3 if made is None else 1  # parts of it that stayed: a digest tells which file it is
+    ends = [Path(*parts[i:]) for i in range(max(1, len(parts) - fewest + 1))]  # as named, or the runs moved together
     above = folder.resolve().parents
     places = [Path(named), *(parent / end for end in ends if not end.is_absolute() for parent in above)]
     for place in dict.fromkeys(places):
@@ -138,11 +139,29 @@ def model_of(folder: Path, evaluation: Mapping[str, Any]) -> Path | None:
     named = evaluation.get("model_path")
     if not named or evaluation.get("use_pretrained") or evaluation.get("reinitialize_weights"):
         return None
-    for above in folder.resolve().parents:  # an evaluation lies below its model, if nothing else was said
-        if f"{above}".endswith(f"/{Path(named)}") and trains(config(above)):
-            return above
-    place = located(folder, named)
-    return place.resolve() if place is not None and trains(config(place)) else None
+    parents, made = folder.resolve().parents, _inputs(folder).get("model_path")
+    above = [one for one in parents if f"{one}".endswith(f"/{Path(named)}")]  # where it lies if nothing else was said
+    nearest = [one for one in parents[:1] if one.name == Path(named).name or (made and digest(one) == made)]
+    above += nearest  # the folders above it, or its own, may have other names by now
+    found = [*above, *filter(None, (located(folder, named), located(folder, named, made) if made else None))]
+    trained = [place.resolve() for place in found if trains(config(place))]
+    return next((place for place in trained if made is not None and digest(place) == made), (*trained, None)[0])
+
+
+def _inputs(folder: Path) -> Mapping[str, Any]:
+    """The digests of what the run in a folder read, by key; {} where it has no record of them.
+
+    Raises:
+        ValueError: the record has another form.
+    """
+    file = folder / VERSIONS
+    if not file.is_file():
+        return {}
+    found = runs.read_json(file)
+    known = found.get("inputs", {}) if isinstance(found, dict) else None
+    if not isinstance(known, dict):
+        raise ValueError(f"{VERSIONS} holds no record of a run: put back the file that the run wrote, or run it again")
+    return known
 
 
 def compared(folder: Path, cfg: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Path], list[str]]:
@@ -153,8 +172,7 @@ def compared(folder: Path, cfg: Mapping[str, Any], prefix: str = "") -> tuple[di
         cfg: the evaluation's keys.
         prefix: `eval.` where these are a training's.
     """
-    file = folder / VERSIONS
-    known = runs.read_json(file).get("inputs", {}) if file.is_file() else {}
+    known = _inputs(folder)
     found, said = {}, []
     for key in ("retain_result", "start_result"):
         if named := cfg.get(key):

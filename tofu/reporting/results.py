@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import utils
 from tofu.evaluation import log_formats, logs
-from tofu.reporting import foreign, records, runs
-from tofu.reporting.runs import OURS, Collected, Number, Refused, Run
+from tofu.reporting import foreign, places, records, runs
+from tofu.reporting.runs import OURS, SETTINGS, Collected, Number, Refused, Run
 from tofu.runtime.provenance import CONFIG, FINISHED, VERSIONS
 
 METRICS = log_formats.METRICS
@@ -44,20 +44,33 @@ def collect(
     for cached in (records.config, records.steps_of, records.digest):
         cached.cache_clear()
     given = _given([retain] if isinstance(retain, str | Path) else retain or (), start, truth_ratio)
-    found, refused = [], []
-    for path in map(Path, paths):
-        place = Path(utils.find(path))
-        if place.is_file():
+    found, refused, strays = [], [], []
+    named = [_place(path) for path in paths]
+    for place in named:
+        if os.path.isfile(place):
             _try(place, lambda place=place: _of_file(place, given), found, refused)
-        elif place.is_dir():
-            before = len(found) + len(refused)
-            _below(place, given, found, refused)
-            if len(found) + len(refused) == before:
+        elif os.path.isdir(place):
+            before = len(found) + len(refused) + len(strays)
+            _below(place, given, found, refused, strays)
+            if len(found) + len(refused) + len(strays) == before:
                 refused.append(Refused(place, "no evaluation in it: a log under another name can be named itself"))
         else:
             refused.append(Refused(place, "no such file or folder"))
-    known = {(str(run.folder.resolve()), run.kind, str(run.log), run.of): run for run in found}  # in two paths: one run
-    return Collected(_named(list(known.values())), list(dict.fromkeys(refused)))
+    compared = [*given.retain, *([given.start] if given.start else [])]
+    refused += places.not_named(strays, found, [*named, *compared])
+    different, copies = places.once(found)
+    _judge(different)
+    said: dict[tuple[str, str], Refused] = {}
+    for one in (*refused, *copies):
+        said.setdefault((os.path.abspath(one.place), one.why), one)
+    return Collected(_named(different), list(said.values()))
+
+
+def _place(path: str | Path) -> Path:
+    try:
+        return Path(utils.find(path))
+    except OSError:  # below a folder that may not be read
+        return Path(path)
 
 
 class Given(NamedTuple):
@@ -80,12 +93,11 @@ def _given(retain: Paths, start: str | Path | None, truth_ratio: str) -> Given:
     return Given(found[:-1], found[-1], truth_ratio) if start else Given(found, None, truth_ratio)
 
 
-def _below(top: Path, given: Given, found: list[Run], refused: list[Refused]) -> None:
+def _below(top: Path, given: Given, found: list[Run], refused: list[Refused], strays: list[Path]) -> None:
     """Read a folder and all that is below it."""
     trainings = []
-    for place, inner, names in os.walk(top):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        folder, there = Path(place), {name for name in names if not name.startswith(".")}
+    for folder, there in places.walk(top, refused):
+        strays += places.strays(folder, there)
         if read := _reader(folder, there):
             _try(folder, functools.partial(read, folder, given), found, refused)
         elif CONFIG in there and VERSIONS in there:
@@ -101,10 +113,24 @@ def _below(top: Path, given: Given, found: list[Run], refused: list[Refused]) ->
 
 def _reader(folder: Path, there: set[str]) -> Callable[[Path, Given], list[Run]] | None:
     """What reads a folder with such files; None where it holds no evaluation."""
-    if (METRICS in there or {CONFIG, VERSIONS} <= there) and logs.AGGREGATED in there:
-        return _ours
     if logs.AGGREGATED in there:
+        if METRICS in there or {CONFIG, VERSIONS} <= there:
+            return _ours
         return lambda folder, given: [foreign.of_log(folder / logs.AGGREGATED, folder, *given)]
+    other = _without_log(there)
+    if other is None:
+        return None
+    checkpoint = other is _half and METRICS in there and records.step_in(folder.name) is not None
+
+    def read(folder: Path, given: Given) -> list[Run]:
+        ours = checkpoint or records.evaluates(records.config(folder))  # its log, which is large, was not kept
+        return _ours(folder, given) if ours else other(folder, given)
+
+    return read
+
+
+def _without_log(there: set[str]) -> Callable[[Path, Given], list[Run]] | None:
+    """What reads a folder of another suite's with such files, none of which is an aggregated log."""
     if {foreign.EVAL, foreign.SUMMARY} & there:
         return lambda folder, given: [foreign.of_openunlearning(folder, given.retain, given.start)]
     if csvs := sorted(there & {*foreign.STATISTICS}):
@@ -140,7 +166,8 @@ def _incomplete(folder: Path, evaluated: Sequence[Run]) -> str | None:
     """Why a folder with a run's record, but without an evaluation of its own, is listed; None where it need not be."""
     cfg = records.config(folder)
     if records.evaluates(cfg):
-        return f"an evaluation that is not finished (no {FINISHED}): run it again"
+        lacking = logs.AGGREGATED if (folder / FINISHED).is_file() else FINISHED
+        return f"an evaluation that is not finished (no {lacking}): run it again"
     if not records.trains(cfg):
         return None
     if not (folder / FINISHED).is_file():
@@ -176,11 +203,16 @@ def _ours(folder: Path, given: Given) -> list[Run]:
             of, cfg, finished = training or of, records.config(training) if training else {}, _finished(at)
     metrics = _metrics(folder, finished)
     known, said = records.compared(at, evaluation, prefix)
-    run = Run("", folder, OURS, records.keys(evaluation, cfg), metrics, str(of), folder / logs.AGGREGATED)
+    log = folder / logs.AGGREGATED
+    run = Run(
+        "", folder, OURS, records.keys(evaluation, cfg), metrics, str(of), log if os.access(log, os.R_OK) else None
+    )
     run.step, run.checkpoint, run.said = step, checkpoint, said
+    if run.log is None:
+        said.append(f"no generations: its {log.name} {'can not be read' if log.is_file() else 'is not there'}")
     run.retain, run.start = known.get("retain_result"), known.get("start_result") or given.start
     run.files = {name: one["sha256"] for name, one in (finished.get("manifest") or {}).items()}
-    run.collapsed = list(finished.get("Collapse", ())) if not checkpoint else _signs(run, evaluation)
+    run.collapsed = list(finished.get("Collapse", ()))  # of a checkpoint: see `_judge`
     if run.retain is None and not evaluation.get("retain_result"):
         _compare(run, given.retain)
     return [run]
@@ -214,9 +246,10 @@ def _metrics(folder: Path, finished: Mapping[str, Any]) -> dict[str, Number]:
 
 def _compare(run: Run, retain: Sequence[Path]) -> None:
     """Work out an evaluation's forget quality where its own record names no retain result and the command line does."""
-    if not retain:
+    if not retain or run.log is None:
         if run.value("Forget Quality") is None:
-            run.said.append("no forget quality: no retain_result is known")
+            why = "no retain_result is known" if not retain else "its log's rows are needed"
+            run.said.append(f"no forget quality: {why}")
         return
     found, run.retain, said = foreign.computed(
         run.rows(), run.log or run.folder, retain, run.keys.get("truth_ratio") or "geometric"
@@ -226,23 +259,59 @@ def _compare(run: Run, retain: Sequence[Path]) -> None:
     run.metrics |= {name: found[name] for name in quality if run.value(name) is None}
 
 
-def _signs(run: Run, evaluation: Mapping[str, Any]) -> list[str]:
-    """The signs of a collapse at a checkpoint, as far as its metrics and those of the starting model tell."""
-    start = run.start.with_name(METRICS) if run.start is not None else None
-    known = runs.read_json(start) if start is not None and start.is_file() else {}
-    of_start = {name: one["value"] for name, one in known.items() if one.get("value") is not None}
+def _judge(found: Sequence[Run]) -> None:
+    """Say which checkpoints have collapsed: no record of theirs does. The signs are those of an evaluation.
+
+    The starting model's evaluation is the recorded one, or else the only one that is here of a finetuned model with
+    the same family, split, rows and settings.
+    """
+    finetuned = [run for run in Collected([*found], []).final() if run.keys.get("method") == records.FINETUNED]
+    values = functools.cache(_of_start)
+    for run in found:
+        if run.kind != OURS or not run.checkpoint:
+            continue
+        start, of_start = run.start, {}
+        same = [
+            one for one in finetuned if all(one.keys.get(key) == run.keys.get(key) for key in ("family", *SETTINGS))
+        ]
+        if start is None and len(same) == 1 and "forget_loss" in records.config(Path(run.of)):
+            start = same[0].log or same[0].folder
+        try:
+            of_start = {} if start is None else values(start)
+            run.collapsed = _signs(run, of_start)
+        except BROKEN as error:
+            run.said.append(f"whether it has collapsed is not known: {utils.one_line(error)}")
+
+
+def _of_start(start: Path) -> dict[str, float]:
+    """What an evaluation of the starting model, a log or a folder, tells of its utility and its texts."""
+    beside = start / METRICS if start.is_dir() else start.with_name(METRICS)
+    found = runs.numbers(runs.read_json(beside), beside) if beside.is_file() else {}
+    values = {name: one.value for name, one in found.items() if one.value is not None}
+    return values | (foreign.of_start(foreign.read_log(start)) if start.is_file() and start != beside else {})
+
+
+def _signs(run: Run, of_start: Mapping[str, float]) -> list[str]:
+    """The signs of a collapse at a checkpoint, by its metrics and its texts."""
+    evaluation = records.config(run.folder.parent.resolve()).get("eval") or {}
+    if not evaluation.get("collapse", True):
+        return []
     values = {name: one.value for name, one in run.metrics.items() if one.value is not None}
-    return foreign.collapse.signs(values, of_start, {**foreign.LIMITS, **(evaluation.get("collapse") or {})})
+    texts = {} if run.log is None else foreign.of_texts(foreign.read_log(run.log))
+    limits = {**foreign.LIMITS, **evaluation.get("collapse", {})}
+    return foreign.collapse.signs({**texts, **values}, of_start, limits)
 
 
 def _named(found: list[Run]) -> list[Run]:
     """The runs by name: the folder below what all of them have in common, of a log with a name of its own that name."""
     if not found:
         return []
-    places = [(run.folder if run.of != str(run.log) else Path(run.of).with_suffix("")).resolve() for run in found]
-    top = Path(os.path.commonpath([place.parent for place in places]))
-    for run, place in zip(found, places, strict=True):
-        line = run.of.removeprefix(f"{run.folder}/") if ":" in run.of else ""  # of a CSV with several
+    at = [run.folder if run.of != str(run.log) else Path(run.of).with_suffix("") for run in found]
+    at = [Path(os.path.abspath(place)) for place in at]  # as the user names it, links unresolved
+    top = Path(os.path.commonpath([place.parent for place in at]))
+    for run, place in zip(found, at, strict=True):
+        lines = run.log is None and run.kind == runs.BENCHMARK and ":" in Path(run.of).name  # of a CSV with several
+        line = run.of.removeprefix(f"{run.folder}/") if lines else ""
         run.name = f"{place.relative_to(top)}{f'/{line}' if line else ''}"
     unknown = [run for run in found if not run.keys.get("method")]
     for run in unknown:  # as much of its name as no other one has
