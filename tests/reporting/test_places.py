@@ -138,6 +138,10 @@ def test_checkpoints_that_collapsed_are_marked(mine):
     assert len(found[15]) == 1 and found[15][0].startswith("Model Utility is 0.") and "starting model" in found[15][0]
     groups = grouping.groups(results.collect([mine]).final(), ["method"], ["ROUGE Forget"])
     assert not next(line for line in groups if line.keys["method"] == "grad_ascent").competes
+    sweep.evaluation(mine / "retain90" / "checkpoint-1", sweep.log_of(0.9, 0.95, 1), None, "forget10", None)
+    given = results.collect([mine], start=mine / "full" / "eval_forget10").runs
+    (early,) = [run for run in given if run.folder == mine / "retain90" / "checkpoint-1"]
+    assert early.collapsed == [], "it has learned little so far"
     shutil.copytree(mine / "full", mine / "full2")
     for file in (mine / "full2").rglob("config.yaml"):
         file.write_text(file.read_text().replace("seed: 1", "seed: 2").replace("runs/full", "runs/full2"))

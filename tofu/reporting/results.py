@@ -270,15 +270,15 @@ def _judge(found: Sequence[Run]) -> None:
     for run in found:
         if run.kind != OURS or not run.checkpoint:
             continue
-        start, of_start = run.start, {}
+        unlearned = "forget_loss" in records.config(Path(run.of))  # any other starts from a model that knows nothing
+        start = run.start if unlearned else None
         same = [
             one for one in finetuned if all(one.keys.get(key) == run.keys.get(key) for key in ("family", *SETTINGS))
         ]
-        if start is None and len(same) == 1 and "forget_loss" in records.config(Path(run.of)):
+        if unlearned and start is None and len(same) == 1:
             start = same[0].log or same[0].folder
         try:
-            of_start = {} if start is None else values(start)
-            run.collapsed = _signs(run, of_start)
+            run.collapsed = _signs(run, {} if start is None else values(start))
         except BROKEN as error:
             run.said.append(f"whether it has collapsed is not known: {utils.one_line(error)}")
 
