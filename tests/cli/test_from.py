@@ -194,6 +194,7 @@ def test_a_method_by_another_name_than_its_files(tmp_path, made):
     assert found.forget_loss == known.forget_loss and (found.lr, found.num_epochs) == (known.lr, known.num_epochs)
 
 
+@pytest.mark.slow
 def test_a_retain_result_that_was_found_is_looked_for_again(tmp_path):
     """Not the log of another split: auto is asked again, also of a repeated run, and so is a path for each split."""
 

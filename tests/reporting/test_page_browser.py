@@ -138,6 +138,7 @@ def test_sorted_filtered_searched(visit, address):
     assert shown(page) == 2 and page.locator("tr.collapsed td", has_text="† collapsed").count() == 2
 
 
+@pytest.mark.slow
 def test_columns_chosen_by_hand_and_a_link_that_keeps_everything(visit, address):
     page = visit(address)
     page.get_by_role("button", name="Columns", exact=True).click()
@@ -228,6 +229,7 @@ def test_a_generation(visit, address):
     assert page.locator("#rows [role=option]").count() == 12
 
 
+@pytest.mark.slow
 def test_by_keys_alone(visit, address):
     """Search, go down, open, next row, next run, search there, close; every control can be reached and is seen."""
     page = visit(address)
@@ -310,6 +312,7 @@ def test_figures(visit, address):
     page.wait_for_selector("figure .ytitle:has-text('ROUGE Forget')")
 
 
+@pytest.mark.slow
 def test_on_paper(visit, address, tmp_path):
     """All figures are drawn and the table is as wide as the paper, in light colours; the screen is then as it was."""
     page = visit(address, color_scheme="dark")

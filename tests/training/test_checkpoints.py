@@ -75,7 +75,7 @@ CASES = {
 }
 
 
-FAST = (("grad_diff", 1), ("pdu", 2))
+FAST = (("grad_diff", 1),)
 ALL = [(case, step) for case in CASES for step in (1, 2)]
 
 
@@ -154,6 +154,7 @@ def test_evaluations_that_choose_the_weights_must_be_the_same():
         assert ("eval" in found, "eval_while_train" in found, "save_model" in found) == (not chooses, not chooses, True)
 
 
+@pytest.mark.slow
 def test_what_is_refused_of_an_interrupted_run(run, capsys, tmp_path):
     """Other settings by name, resume=false; damaged, the one before; overwrite_dir starts again."""
     args = ("forget_loss=grad_diff", "checkpoint_every=1", "save_total_limit=2")
