@@ -268,6 +268,7 @@ def test_on_a_terminal_log_lines_stand_above_the_bar():
         assert after.startswith("\r\n")
 
 
+@pytest.mark.slow
 def test_progress_false_draws_no_bar(launch, model_folder, tmp_path):
     args = ("model_family=tiny", "data_path=data/mini", f"model_path={model_folder}", "split=forget10", "ds_size=2")
     args = (*args, "generation.max_new_tokens=2", "save_dir=out", "overwrite=true")
