@@ -217,6 +217,7 @@ class TestClaims:
         theirs["born"] = (claim.Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split())[19]
         (tmp_path / claim.CLAIM).write_text(json.dumps(theirs))
         start(tmp_path)
+        assert json.loads((tmp_path / claim.CLAIM).read_text())["pid"] == os.getpid()
         other.wait()
 
     def test_a_refused_run_leaves_nothing(self, tmp_path, monkeypatch):

@@ -131,7 +131,6 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def move(aside: Path, folder: Path) -> None:
     """Move the files of a whole model into `folder`, each whole, config.json last; theirs is removed."""
-    (aside / run_folder.WRITTEN).unlink(missing_ok=True)
     for path in _in_order(aside, folder):
         path.chmod(utils.mode())  # safetensors writes 0600
         os.replace(path, folder / path.name)

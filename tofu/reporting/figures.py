@@ -11,7 +11,7 @@ import utils
 from tofu.reporting import grouping
 from tofu.reporting.canvas import STYLE, Material, Style, Undrawn, method_of, styles
 from tofu.reporting.plots import FIGURES
-from tofu.reporting.runs import Collected, Run
+from tofu.reporting.runs import Collected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def draw(found: Collected, out: Path, formats: Sequence[str]) -> dict[str, Drawn
 
     drawn: dict[str, Drawn] = {}
     known = styles(method_of(run) for run in found.runs)
-    problems = dict.fromkeys(map(problem, found.final()))
+    problems = dict.fromkeys(map(grouping.problem_of, found.final()))
     with matplotlib.rc_context(STYLE):
         for name, (title, function) in FIGURES.items():
             files: list[str] = []
@@ -58,11 +58,6 @@ def draw(found: Collected, out: Path, formats: Sequence[str]) -> dict[str, Drawn
     return drawn
 
 
-def problem(run: Run) -> tuple[str, ...]:
-    """What numbers in one figure have in common."""
-    return grouping.problem_of(run)
-
-
 def label_of(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
     """The first parts of a problem that tell it from all others, for a file's name."""
     every, chosen = list(problems), []
@@ -78,7 +73,7 @@ def label_of(of: tuple[str, ...], problems: Iterable[tuple[str, ...]]) -> str:
 
 def material_of(found: Collected, of: tuple[str, ...], known: Mapping[str, Style]) -> Material:
     """What the figures of one problem read; `known` are the styles of all methods."""
-    here = Collected([run for run in found.runs if problem(run) == of], [])
+    here = Collected([run for run in found.runs if grouping.problem_of(run) == of], [])
     return Material(here.runs, here.final(), here.trajectories(), known)
 
 

@@ -14,25 +14,8 @@ from tofu.reporting.runs import DIRECTIONS, Run
 
 SEED, KIND, METHOD = "seed", "kind", "method"
 REFERENCES = (FINETUNED, RETAIN, PRETRAINED, RANDOM)  # no unlearning method: they compete for nothing
-FIRST = (
-    KIND,
-    "split",
-    "family",
-    "ds_size",
-    "rows",
-    "truth_ratio",
-    METHOD,
-    "lr",
-    "num_epochs",
-)  # keys as tables have them
-PROBLEM = (
-    KIND,
-    "split",
-    "family",
-    "ds_size",
-    "rows",
-    "truth_ratio",
-)  # numbers are compared within one of these, and `eval.*`
+PROBLEM = (KIND, "split", "family", "ds_size", "rows", "truth_ratio")  # numbers are compared within one, and `eval.*`
+FIRST = (*PROBLEM, METHOD, "lr", "num_epochs")  # keys as tables have them
 FORGETTING = ("Model Utility", "Forget Quality", "log10 Forget Quality", "ROUGE Forget", "Prob. Forget")
 TABLES = {  # table -> its metrics, as far as runs have them
     "main": (*FORGETTING, "Truth Ratio Forget"),
@@ -203,8 +186,8 @@ def problem_of(run: Run) -> tuple[str, ...]:
 def problem(group: Group) -> tuple:
     """What two groups must have in common for their numbers to be compared."""
     run = group.runs[0]
-    names = [*PROBLEM, *sorted(name for name in run.keys if name.startswith("eval.") and name in group.keys)]
-    return tuple(str(key_of(run, name)) for name in names)
+    asked = sorted(name for name in run.keys if name.startswith("eval.") and name in group.keys)
+    return (*problem_of(run), *(str(key_of(run, name)) for name in asked))
 
 
 def _rank(lines: Sequence[Group], metric: str) -> None:

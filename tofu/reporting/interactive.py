@@ -50,7 +50,7 @@ def draw(found: Collected, metrics: Sequence[str]) -> list[dict[str, Any]]:
         runs, -1 where a point is none; its `choice` is the metric that it shows, where the figure has `choices`.
     """
     known = styles(method_of(run) for run in found.runs)
-    problems = dict.fromkeys(map(figures.problem, found.final()))
+    problems = dict.fromkeys(map(grouping.problem_of, found.final()))
     index = {run.name: i for i, run in enumerate(found.runs)}
     drawn = []
     for of in problems:
@@ -224,6 +224,18 @@ def _distribution(ratios: np.ndarray, number: int) -> Trace:
     return line | {"hoverinfo": "skip"} if number < 0 else line
 
 
+def _line(
+    material: Material, runs: Sequence[Run], x: Sequence[Any], metric: str, index: Mapping[str, int], size: int
+) -> Trace:
+    """A metric of one method's runs as a line with markers of a size."""
+    method = method_of(runs[0])
+    style = material.styles[method]
+    line: Trace = {"type": "scatter", "mode": "lines+markers", "name": method, "legendgroup": method}
+    line |= {"x": list(x), "y": [run.value(metric) for run in runs], "choice": metric}
+    line |= {"customdata": [index[run.name] for run in runs], "marker": _marker(style, size)}
+    return line | {"line": {"color": style.colour, "width": 1.5}}
+
+
 def over_steps(material: Material, index: Mapping[str, int], metrics: Sequence[str]) -> dict[str, Any]:
     """A metric over the optimiser steps: a line for each run of a method's best setting."""
     best = {run.of for run in material.best()}
@@ -234,27 +246,16 @@ def over_steps(material: Material, index: Mapping[str, int], metrics: Sequence[s
     for metric in metrics:
         for way in sorted(ways, key=lambda way: grouping.order(method_of(way[-1]))):
             if known := _known(way, metric):
-                method = method_of(way[-1])
-                style = material.styles[method]
-                line: Trace = {"type": "scatter", "mode": "lines+markers", "name": method, "legendgroup": method}
-                line |= {"x": [run.step for run in known], "y": [run.value(metric) for run in known], "choice": metric}
-                line |= {"customdata": [index[run.name] for run in known], "marker": _marker(style, 7)}
-                data.append(line | {"line": {"color": style.colour, "width": 1.5}})
+                data.append(_line(material, known, [run.step for run in known], metric, index, 7))
     return {"data": _one_entry(data), "layout": {"xaxis": {"title": {"text": "optimiser steps"}}}} | _choices(data)
 
 
 def rates(material: Material, index: Mapping[str, int], metrics: Sequence[str]) -> dict[str, Any]:
     """The learning rate against a metric: each run a point, a line through the means."""
-    lines: dict[str, list[Run]] = {}
-    for run in material.final:
-        if isinstance(run.keys.get("lr"), int | float) and method_of(run) not in grouping.REFERENCES:
-            lines.setdefault(method_of(run), []).append(run)
-    several = {name: runs for name, runs in lines.items() if len({run.keys["lr"] for run in runs}) > 1}
-    if not several:
-        raise Undrawn("no method has runs of several learning rates")
+    several = plots.of_several_rates(material)
     data: list[Trace] = []
     for metric in metrics:
-        for method in sorted(several, key=grouping.order):
+        for method in several:
             runs, style = _known(several[method], metric), material.styles[method]
             found = {
                 rate: [run for run in runs if run.keys["lr"] == rate]
@@ -304,12 +305,8 @@ def robustness(material: Material, index: Mapping[str, int], metrics: Sequence[s
         for of in dict.fromkeys(run.of for runs in ways.values() for run in runs):
             known = [(way, run) for way, runs in ways.items() for run in _known(runs, metric) if run.of == of]
             if len(known) > 1:
-                method = method_of(known[0][1])
-                style = material.styles[method]
-                line: Trace = {"type": "scatter", "mode": "lines+markers", "name": method, "legendgroup": method}
-                line |= {"x": [way for way, _ in known], "y": [run.value(metric) for _, run in known], "choice": metric}
-                line |= {"customdata": [index[run.name] for _, run in known], "marker": _marker(style, 8)}
-                data.append(line | {"line": {"color": style.colour, "width": 1.5}})
+                asked, runs = zip(*known, strict=True)
+                data.append(_line(material, runs, asked, metric, index, 8))
     return {"data": _one_entry(data), "layout": {"xaxis": {"type": "category"}}} | _choices(data)
 
 

@@ -192,18 +192,28 @@ def aggregates(material: Material) -> Figure:
     return page
 
 
-def rates(material: Material) -> Figure:
-    """The learning rate against model utility and log10 forget quality, mean and range over the seeds."""
+def of_several_rates(material: Material) -> dict[str, list[Run]]:
+    """Method -> its final runs, of the methods that have several learning rates, in the order of legends.
+
+    Raises:
+        Undrawn: none has.
+    """
     lines: dict[str, list[Run]] = {}
     for run in material.final:
         if isinstance(run.keys.get("lr"), int | float) and method_of(run) not in grouping.REFERENCES:
             lines.setdefault(method_of(run), []).append(run)
-    several = {name: runs for name, runs in lines.items() if len({run.keys["lr"] for run in runs}) > 1}
+    several = [name for name, runs in lines.items() if len({run.keys["lr"] for run in runs}) > 1]
     if not several:
         raise Undrawn("no method has runs of several learning rates")
+    return {name: lines[name] for name in sorted(several, key=grouping.order)}
+
+
+def rates(material: Material) -> Figure:
+    """The learning rate against model utility and log10 forget quality, mean and range over the seeds."""
+    several = of_several_rates(material)
     page, panels = figure(1.9, 1, 2)
     for axes, metric in zip(panels, (UTILITY, QUALITY), strict=True):
-        for name in sorted(several, key=grouping.order):
+        for name in several:
             colour, marker, _ = material.styles[name]
             by_rate = {
                 rate: known

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -370,16 +371,19 @@ def finish_run(save_dir: str | Path, scores: dict[str, Any]) -> None:
 
 def kept_steps(folder: Path) -> list[int]:
     """The steps whose weights are kept, whole, as the best of their time."""
-    found = [path.name.removeprefix(BEST) for path in folder.glob(f"{BEST}*") if (path / "config.json").is_file()]
-    return sorted(int(step) for step in found if step.isdigit())
+    return sorted(int(path.name.removeprefix(BEST)) for path in _best(folder) if (path / "config.json").is_file())
+
+
+def _best(folder: Path) -> list[Path]:
+    """The folders of weights that were the best of their time."""
+    return [path for path in _folders(folder) if re.fullmatch(rf"{BEST}\d+", path.name)]
 
 
 def _clear(folder: Path) -> None:
     """Remove what only a run that goes on needs: checkpoints, and the weights that were the best of their time."""
     resumption.remove(folder)
-    for path in _folders(folder):
-        if path.name.startswith(BEST) and path.name.removeprefix(BEST).isdigit():
-            shutil.rmtree(path)
+    for path in _best(folder):
+        shutil.rmtree(path)
 
 
 def _left(folder: Path) -> list[str]:
